@@ -1,0 +1,2 @@
+_base_ = '../_base_/upernet_swin-nano_shapes.py'
+model = dict(backbone=dict(method=dict(type='Full')))
