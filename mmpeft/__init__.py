@@ -1,0 +1,40 @@
+"""Parameter-efficient fine-tuning for dense prediction, on OpenMMLab.
+
+Importing this package needs torch and mmengine only; everything that needs
+more is imported on first use.
+"""
+import importlib
+
+from .compat import map_package_names
+from .version import __version__
+
+# Where each public name lives; resolved on first access (PEP 562), so that
+# `import mmpeft` adds nothing to the start of a stock tool.
+_PUBLIC = {
+    'PEFTBackbone': '.injection',
+    'apply': '.api',
+    'merge': '.merge',
+    'merged_state_dict': '.merge',
+    'count_params': '.counting',
+    'config_path': '.config',
+    'PEFTError': '.errors',
+    'SiteError': '.errors',
+    'MergeError': '.errors',
+    'MissingFileError': '.errors',
+}
+__all__ = ['__version__', *_PUBLIC]
+
+map_package_names()
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(
+            importlib.import_module(_PUBLIC[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_PUBLIC))

@@ -1,0 +1,191 @@
+"""Read configs, and turn any of them into a PEFT config."""
+import copy
+import importlib
+import os.path as osp
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import MODELS as MMENGINE_MODELS
+
+from .backbones.base import class_path
+from .errors import MissingFileError, PEFTError
+from .plan import parse_methods
+from .registry import SITE_MAPS
+
+__all__ = [
+    'config_path', 'load_config', 'add_method', 'find_backbones',
+    'find_peft_backbones', 'method_title'
+]
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'mmpeft')
+#: Arguments of ``PEFTBackbone`` itself; the rest belongs to the stock type.
+PEFT_ARGUMENTS = ('stock', 'method', 'freeze', 'allow_random_base',
+                  'eval_frozen')
+
+
+def _configs_root(package: str) -> Path:
+    root = Path(importlib.import_module(package).__file__).parent
+    # A wheel carries its configs in .mim, a checkout beside the package.
+    for folder in (root / '.mim' / 'configs', root.parent / 'configs'):
+        if folder.is_dir():
+            return folder
+    raise MissingFileError(f'{package} is installed without its configs; '
+                           'give the path of a config file instead.')
+
+
+def config_path(name: str) -> str:
+    """Path of a config that mmpeft ships, such as
+    ``mona/mask-rcnn_swin-b_coco.py``.
+
+    Under stock tools ``_base_ = 'mmpeft::...'`` is not known yet when bases
+    are read; ``_base_ = __import__('mmpeft').config_path('...')`` is.
+    """
+    return _existing(_configs_root('mmpeft') / name, name)
+
+
+def _existing(path: Path, name: str) -> str:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob('*.py'))
+        hint = f' That folder has {", ".join(near[:8])}.' if near else ''
+        raise MissingFileError(
+            f'There is no config {name!r}; looked at {path}.{hint}')
+    return str(path)
+
+
+def load_config(name: str) -> Config:
+    """Load a config file, or a shipped one by name (``mmdet::swin/...``)."""
+    package, colons, relative = name.partition('::')
+    if colons:
+        if package not in LIBRARIES:
+            raise PEFTError(f'{name!r}: configs come from one of '
+                            f'{", ".join(LIBRARIES)}, not from {package!r}.')
+        try:
+            root = _configs_root(package)
+        except ImportError:
+            raise PEFTError(f'{name!r}: {package} is not installed; install '
+                            'it, or give the path of a config.') from None
+        path = _existing(root / relative, name)
+    else:
+        path = _existing(Path(name), name)
+    return Config.fromfile(path)
+
+
+def add_method(cfg: Config,
+               method: Any,
+               at: Optional[str] = None) -> Tuple[Config, str]:
+    """Make a config a PEFT one.
+
+    Args:
+        cfg (Config): Any config with a supported backbone in ``model``. If
+            the backbone is a PEFT one already, its method is replaced.
+        method (dict | str | list): As for ``PEFTBackbone``.
+        at (str, optional): Path of the backbone in the config, such as
+            ``model.backbone``; None takes the only supported one.
+
+    Returns:
+        tuple[Config, str]: A changed copy, and the path of the backbone.
+
+    Raises:
+        PEFTError: If there is no supported backbone or more than one.
+    """
+    parse_methods(method)
+    cfg = copy.deepcopy(cfg)
+    found = find_backbones(cfg)
+    if at is None:
+        if len(found) != 1:
+            raise PEFTError(_which(cfg, list(found)))
+        at = next(iter(found))
+    elif at not in found:
+        raise PEFTError(
+            f'--at {at}: no supported backbone there. ' +
+            (f'Supported ones are at {", ".join(found)}.'
+             if found else _which(cfg, [])))
+    node = found[at]
+    if not _is_peft(node):
+        node['stock'] = _scoped(cfg, node['type'])
+        node['type'] = 'mmpeft.PEFTBackbone'
+    node['method'] = method if isinstance(method, str) else copy.deepcopy(
+        method)
+    return cfg, at
+
+
+def find_backbones(cfg: Config) -> Dict[str, dict]:
+    """Supported backbones anywhere in ``cfg.model``, by path."""
+    SITE_MAPS.import_from_location()
+    supported = {
+        path
+        for family in SITE_MAPS.module_dict.values()
+        for path in family.backbone_types
+    }
+    scope = cfg.get('default_scope')
+    found = {}
+    with MMENGINE_MODELS.switch_scope_and_registry(scope) as registry:
+        for path, node in _nodes(cfg.get('model'), 'model'):
+            if _is_peft(node):
+                found[path] = node
+                continue
+            cls = node['type']
+            if isinstance(cls, str):
+                try:
+                    cls = registry.get(cls)
+                except (ImportError, RuntimeError, KeyError):
+                    continue
+            paths = {class_path(c) for c in getattr(cls, '__mro__', ())}
+            if paths & supported:
+                found[path] = node
+    return found
+
+
+def find_peft_backbones(cfg: Config) -> Dict[str, dict]:
+    """PEFT backbones in ``cfg.model``, by path."""
+    return {p: n for p, n in _nodes(cfg.get('model'), 'model') if _is_peft(n)}
+
+
+def method_title(cfg: Config) -> str:
+    """Short name of the methods in a config, such as ``mona`` or
+    ``lora+ln_tune``; empty for a stock config."""
+    names: List[str] = []
+    for node in find_peft_backbones(cfg).values():
+        names += [plan.name for plan in parse_methods(node['method'])]
+    return '+'.join(names)
+
+
+def _is_peft(node: dict) -> bool:
+    name = node['type']
+    name = name if isinstance(name, str) else getattr(name, '__name__', '')
+    return name.rsplit('.', 1)[-1] == 'PEFTBackbone'
+
+
+def _nodes(value: Any, path: str):
+    """Every dict with a type, depth first."""
+    if isinstance(value, dict):
+        if 'type' in value:
+            yield path, value
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    else:
+        return
+    for key, child in children:
+        yield from _nodes(child, f'{path}.{key}')
+
+
+def _scoped(cfg: Config, name: Any) -> Any:
+    scope = cfg.get('default_scope')
+    if isinstance(name, str) and '.' not in name and scope:
+        return f'{scope}.{name}'
+    return name
+
+
+def _which(cfg: Config, found: List[str]) -> str:
+    if found:
+        return (f'{len(found)} supported backbones are in this config, at '
+                f'{", ".join(found)}; choose one with --at.')
+    names = ', '.join(f.__name__.replace('Sites', '')
+                      for f in SITE_MAPS.module_dict.values())
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    there = f' (model.backbone is {backbone["type"]!r})' \
+        if 'type' in backbone else ''
+    return (f'No supported backbone in {osp.basename(cfg.filename or "")!r}'
+            f'{there}. Supported families: {names}.')

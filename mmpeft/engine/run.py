@@ -1,0 +1,133 @@
+"""From command line arguments to a Runner, for the tools."""
+import os.path as osp
+from argparse import Namespace
+from typing import Any, Dict, List
+
+from mmengine.config import Config
+from mmengine.config import DictAction as _DictAction
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from ..config import (add_method, find_peft_backbones, load_config,
+                      method_title)
+from ..errors import PEFTError
+from ..plan import parse_methods
+from ..preflight import check_files
+
+__all__ = ['prepare', 'build_runner', 'read_config', 'parse_options']
+
+
+def read_config(args: Namespace) -> Config:
+    """Load the config, attach ``--method``, apply ``--cfg-options``."""
+    cfg = load_config(args.config)
+    if args.method:
+        cfg, at = add_method(cfg, args.method, args.at)
+    elif args.at:
+        raise PEFTError('--at says where --method goes; give both.')
+    options = parse_options(args.cfg_options)
+    if options:
+        cfg.merge_from_dict(options)
+    _check_methods(cfg)
+    return cfg
+
+
+def prepare(args: Namespace) -> Config:
+    """The config of a training run, complete and checked."""
+    cfg = read_config(args)
+    cfg.launcher = args.launcher
+    title = method_title(cfg) if args.method else ''
+    _set_work_dir(cfg, args, title)
+    _add_report_hook(cfg)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        _enable_amp(cfg)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise PEFTError('--auto-scale-lr needs auto_scale_lr=dict('
+                            'base_batch_size=...) in the config.')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    _scale_lr(cfg, args.lr_scale)
+    check_files(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The stock Runner, or the one that the config asks for."""
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg \
+        else RUNNERS.build(cfg)
+    _log_rates(cfg)
+    return runner
+
+
+def parse_options(options: List[str]) -> Dict[str, Any]:
+    """``['a.b=1', 'c=[2,3]']`` -> ``{'a.b': 1, 'c': [2, 3]}``, as stock."""
+    parsed = {}
+    for option in options or []:
+        key, equals, value = option.partition('=')
+        if not equals:
+            raise PEFTError(f'--cfg-options {option!r} is not KEY=VALUE.')
+        parsed[key] = _DictAction._parse_iterable(value)
+    return parsed
+
+
+def _check_methods(cfg: Config) -> None:
+    # Typos are found before the libraries build half a model.
+    for node in find_peft_backbones(cfg).values():
+        parse_methods(node.get('method') or [])
+
+
+def _set_work_dir(cfg: Config, args: Namespace, title: str) -> None:
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        stem = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs',
+                                f'{stem}_{title}' if title else stem)
+
+
+def _add_report_hook(cfg: Config) -> None:
+    if find_peft_backbones(cfg):
+        hooks = cfg.setdefault('default_hooks', {})
+        hooks.setdefault('peft_report', dict(type='mmpeft.PEFTReportHook'))
+
+
+def _enable_amp(cfg: Config) -> None:
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise PEFTError(f'--amp works with OptimWrapper, but the config uses '
+                        f'{wrapper}.')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _scale_lr(cfg: Config, factor: float) -> None:
+    if factor != 1.:
+        optimizer = cfg.optim_wrapper.get('optimizer') or {}
+        if 'lr' not in optimizer:
+            raise PEFTError('--lr-scale needs optim_wrapper.optimizer.lr in '
+                            'the config.')
+        optimizer.lr = optimizer.lr * factor
+
+
+def _log_rates(cfg: Config) -> None:
+    """The learning rate of each method's recipe, beside the config's."""
+    if not is_main_process():
+        return
+    lr = (cfg.get('optim_wrapper', {}).get('optimizer') or {}).get('lr')
+    scope = cfg.get('default_scope')
+    for node in find_peft_backbones(cfg).values():
+        for plan in parse_methods(node['method']):
+            recipe = plan.cls.recipe_lr.get(scope)
+            known = f'{recipe:g} ({plan.cls.recipe_source})' \
+                if recipe else 'not published for this library'
+            print_log(
+                f'Learning rate: {lr:g} in this config; the recipe of '
+                f'{plan.cls.__name__} uses {known}.'
+                if lr else f'Learning rate of {plan.cls.__name__}: {known}.',
+                logger='current')

@@ -1,0 +1,209 @@
+"""Join methods and block families: build stock, freeze, attach, guard."""
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch.nn as nn
+
+from .backbones.base import Block, connect, find_family
+from .errors import PEFTError, SiteError
+from .methods.base import PEFTModule, Selector
+from .methods.full import Full
+from .plan import MethodPlan, parse_methods
+from .registry import MODELS, SITE_MAPS
+from .sites import MODULE_SITES
+from .state import PEFTState, guard
+
+__all__ = ['PEFTBackbone', 'inject', 'eject']
+
+MethodCfg = Union[dict, str, Sequence[Union[dict, str]]]
+
+
+@MODELS.register_module()
+def PEFTBackbone(stock: Union[str, type],
+                 method: Optional[MethodCfg] = None,
+                 freeze: Sequence[str] = (),
+                 allow_random_base: bool = False,
+                 eval_frozen: bool = False,
+                 **kwargs: Any) -> nn.Module:
+    """Build a stock backbone and make it parameter-efficient.
+
+    A registered function, not a wrapper: what it returns *is* the stock
+    backbone, with its keys, its class and its behaviour, frozen, with small
+    modules attached to its blocks.
+
+    Args:
+        stock (str | type): The stock backbone: ``'mmdet.SwinTransformer'``, a
+            bare name in the scope of the config, a full path, or a class.
+        method (dict | str | list): What to attach or train, such as
+            ``dict(type='Mona', dim=64)``, ``'LoRA:rank=8+LNTune'``, or a list
+            of such. Besides its own arguments every method takes ``name``
+            (part of its keys, by default the snake-case type), ``layers``
+            (block numbers, negative from the end, ``'stage:2'`` or a regular
+            expression matching a whole block path) and ``overrides``
+            (``{pattern: {argument: value}}``).
+        freeze (Sequence[str]): Paths of stock parts that stay frozen whatever
+            the method says. Defaults to none.
+        allow_random_base (bool): Train on frozen weights that were never
+            loaded. Defaults to False: the first training forward refuses.
+        eval_frozen (bool): Keep the frozen stock modules in evaluation mode,
+            which turns drop-path off. Defaults to False, the released recipe.
+        **kwargs: Arguments of the stock backbone.
+
+    Returns:
+        nn.Module: The stock backbone.
+
+    Raises:
+        PEFTError: For an unsupported backbone, an unknown method or argument,
+            or a pattern that matches nothing.
+        SiteError: If the backbone lacks a site that the method needs.
+    """
+    if method is None:
+        raise PEFTError('PEFTBackbone needs a method, such as '
+                        "method=dict(type='Mona'); method='Full' trains "
+                        'everything.')
+    if kwargs.get('frozen_stages', -1) >= 0:
+        raise PEFTError(
+            f'frozen_stages={kwargs["frozen_stages"]} would freeze the '
+            'attached modules again at every train(); remove it (the backbone '
+            "is frozen already), or use PEFTBackbone(freeze=('patch_embed', "
+            "'stages.0')) to keep stock parts frozen.")
+    backbone = MODELS.build(dict(type=stock, **kwargs))
+    # timm-style backbones load while they are built.
+    loaded = bool(getattr(backbone, '_is_init', False))
+    return inject(
+        backbone,
+        method,
+        freeze=freeze,
+        allow_random_base=allow_random_base or loaded,
+        eval_frozen=eval_frozen)
+
+
+def inject(backbone: nn.Module,
+           method: MethodCfg,
+           freeze: Sequence[str] = (),
+           allow_random_base: bool = False,
+           eval_frozen: bool = False) -> nn.Module:
+    """Freeze a built stock backbone and attach methods to it, in place.
+
+    Arguments and errors are those of :func:`PEFTBackbone`.
+    """
+    blocks = _blocks_of(backbone)
+    plans = parse_methods(method)
+    if isinstance(getattr(backbone, 'peft', None), PEFTState):
+        raise PEFTError('This backbone has methods attached already; give '
+                        'all of them as one list.')
+    unreached = blocks[0].family.unreached(backbone)
+    reached = [b for b in blocks if not _below(b.path, unreached)]
+    # Everything is resolved and checked before the backbone is touched.
+    modules = {p.name: _build(p, reached) for p in plans if p.is_module}
+    trained = _selected(backbone, plans, reached, unreached)
+    frozen = _expand(backbone, freeze)
+
+    state = PEFTState(
+        plans=[p.cfg for p in plans],
+        skipped=[b.path for b in blocks if b not in reached],
+        allow_random_base=allow_random_base,
+        eval_frozen=eval_frozen)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad = name in trained and name not in frozen
+    for name, built in modules.items():
+        for block, at_sites in built:
+            _attach(block, name, at_sites)
+    backbone.peft = state
+    guard(backbone)
+    return backbone
+
+
+def eject(backbone: nn.Module) -> nn.Module:
+    """Take everything off again; the backbone is stock, in place.
+
+    Which parameters require gradients stays as it is.
+    """
+    for _, block in find_family(backbone) or ():
+        block.family.restore(block.module)
+    if isinstance(getattr(backbone, 'peft', None), PEFTState):
+        backbone.peft.release(backbone)
+        del backbone.peft
+    return backbone
+
+
+def _blocks_of(backbone: nn.Module) -> List[Block]:
+    found = find_family(backbone)
+    if not found:
+        families = ', '.join(
+            f.__name__.replace('Sites', '')
+            for f in SITE_MAPS.module_dict.values())
+        raise SiteError(f'{type(backbone).__name__} has no block mmpeft knows. '
+                        f'Supported: {families} blocks.')
+    hosts = {host for host, _ in found}
+    if hosts != {''}:
+        raise SiteError(
+            f'{type(backbone).__name__} is not the backbone itself: its '
+            f'blocks are below {", ".join(sorted(hosts))}.')
+    return [block for _, block in found]
+
+
+def _below(name: str, roots: Sequence[str]) -> bool:
+    return any(name == r or name.startswith(r + '.') for r in roots)
+
+
+def _build(plan: MethodPlan,
+           blocks: Sequence[Block]) -> List[Tuple[Block, Dict]]:
+    """One module per chosen block and site."""
+    built = []
+    for block in plan.choose(blocks):
+        if plan.cls.needs_grid and not block.family.has_grid:
+            raise SiteError(
+                f'{plan.cls.__name__} needs a grid of tokens; the tokens of '
+                f'{type(block.module).__name__} form none.')
+        kwargs = plan.kwargs_for(block, blocks)
+        sites = plan.cls.sites_for(**kwargs)
+        built.append((block, {
+            name: plan.construct(block.family.site(block, name), kwargs)
+            for name in sites
+        }))
+    return built
+
+
+def _selected(backbone: nn.Module, plans: Sequence[MethodPlan],
+              blocks: Sequence[Block], unreached: Sequence[str]) -> set:
+    """Names of the stock parameters that train."""
+    names = set()
+    for plan in plans:
+        if plan.is_module:
+            continue
+        selector: Selector = plan.construct()
+        chosen = set(
+            selector.select(backbone, plan.choose(blocks), plan.restricted))
+        if not isinstance(selector, Full):
+            # They would train without ever getting a gradient, which
+            # DistributedDataParallel takes for an error.
+            chosen = {n for n in chosen if not _below(n, unreached)}
+        names |= chosen
+    return names
+
+
+def _expand(backbone: nn.Module, freeze: Sequence[str]) -> set:
+    """Parameter names at or below the given paths."""
+    if isinstance(freeze, str):
+        freeze = (freeze, )
+    names = set()
+    for path in freeze:
+        below = [n for n, _ in backbone.named_parameters() if _below(n, [path])]
+        if not below:
+            parts = ', '.join(n for n, _ in backbone.named_children())
+            raise PEFTError(f'freeze: {path!r} names no part of '
+                            f'{type(backbone).__name__}; it has {parts}.')
+        names.update(below)
+    return names
+
+
+def _attach(block: Block, name: str, at_sites: Dict[str, PEFTModule]) -> None:
+    family, module = block.family, block.module
+    family.swap(module)
+    module.peft[name] = nn.ModuleDict(at_sites)
+    for site in at_sites:
+        if site in MODULE_SITES:
+            connect(family.modules(module)[site], module.peft, site)
+    # Attached modules follow the block's device and precision.
+    reference = next(iter(family.modules(module)['norm1'].parameters()))
+    module.peft[name].to(reference)

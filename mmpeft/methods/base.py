@@ -1,0 +1,124 @@
+"""The two kinds of method: modules that are attached, and selections."""
+from typing import Dict, Iterator, Optional, Sequence, Tuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import PEFTError
+from ..sites import Site, TokenLayout
+
+__all__ = ['Method', 'PEFTModule', 'Selector', 'check_rate', 'check_width']
+
+
+class Method:
+    """What both kinds have in common."""
+
+    #: Default name in parameter keys; None means the snake-case type.
+    key: Optional[str] = None
+    #: Learning rate of the method's published dense recipe, by the
+    #: ``default_scope`` of the config; logged beside the config's own.
+    recipe_lr: Dict[str, float] = dict(mmdet=1e-4, mmseg=6e-5)
+    #: Where these rates are from.
+    recipe_source: str = 'released configs of Mona, AdamW'
+
+
+class PEFTModule(Method, nn.Module):
+    """A small trainable module at one site of one block.
+
+    Subclasses name their sites, take the ``site`` and their own keyword
+    arguments, initialise in :meth:`reset_parameters` and compute in
+    :meth:`forward`. Their parameters are the only thing that trains.
+
+    Args:
+        site (Site): Where it is attached; gives the widths.
+    """
+
+    #: Sites it is attached to when the arguments do not change that.
+    sites: Tuple[str, ...] = ()
+    #: Whether it reads the H x W map and not only single tokens.
+    needs_grid: bool = False
+    #: Why it cannot be folded into a stock layer; None if it can.
+    no_merge: Optional[str] = 'it has a non-linearity of its own'
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+
+    @classmethod
+    def sites_for(cls, **kwargs) -> Sequence[str]:
+        """Sites that these arguments ask for."""
+        return cls.sites
+
+    def reset_parameters(self) -> None:
+        """Initialise; called again after the backbone's ``init_weights``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
+        """Map ``y``, the output of the stock operation on ``x``.
+
+        Args:
+            x (Tensor): (..., in_dims), what the stock operation received.
+            y (Tensor): (..., out_dims), what it returned.
+            layout (TokenLayout): How the tokens are arranged.
+
+        Returns:
+            Tensor: (..., out_dims), in the place of ``y``.
+        """
+        raise NotImplementedError
+
+    def merge(self, weight: Tensor,
+              bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+        """Weight and bias of the stock layer that does both at once.
+
+        Args:
+            weight (Tensor): (out_dims, in_dims), in float32 or float64.
+            bias (Tensor, optional): (out_dims, ).
+        """
+        raise NotImplementedError
+
+
+class Selector(Method):
+    """A choice of stock parameters that train in place."""
+
+    def selects(self, module: nn.Module, leaf: str) -> bool:
+        """Whether parameter ``leaf`` of ``module`` itself trains."""
+        raise NotImplementedError
+
+    def select(self, backbone: nn.Module, blocks: Sequence,
+               restricted: bool) -> Iterator[str]:
+        """Names of the parameters that train.
+
+        Args:
+            backbone (nn.Module): The stock backbone.
+            blocks (Sequence[Block]): The blocks chosen by ``layers``.
+            restricted (bool): Whether ``layers`` was given; without it, parts
+                outside the blocks belong to the choice too.
+        """
+        roots = {b.path: b.module for b in blocks} if restricted else {
+            '': backbone
+        }
+        for root, module in roots.items():
+            for path, child in module.named_modules(prefix=root):
+                for leaf, _ in child.named_parameters(recurse=False):
+                    if self.selects(child, leaf):
+                        yield f'{path}.{leaf}' if path else leaf
+
+
+def check_width(owner: str, name: str, value: int, limit: int) -> int:
+    """Refuse a width that is not a whole number in [1, limit]."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PEFTError(f'{owner}: {name} must be a whole number of at least '
+                        f'1, but got {value!r}.')
+    if value > limit:
+        raise PEFTError(f'{owner}: {name}={value} is larger than the width '
+                        f'{limit} of the layer it is attached to; use at most '
+                        f'{limit}, or `overrides` for the narrow stages.')
+    return value
+
+
+def check_rate(owner: str, name: str, value: float) -> float:
+    """Refuse a probability outside [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise PEFTError(f'{owner}: {name} must be a number in [0, 1), but got '
+                        f'{value!r}.')
+    return float(value)

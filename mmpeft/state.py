@@ -1,0 +1,142 @@
+"""What a backbone with methods attached remembers, and what guards it."""
+import types
+from typing import List, Sequence
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import PEFTError
+from .methods.base import PEFTModule
+
+__all__ = ['PEFTState', 'guard', 'attached_modules']
+
+
+class PEFTState(nn.Module):
+    """``backbone.peft``: how it was made. Holds no parameters of its own.
+
+    Args:
+        plans (list[dict]): The method configs, as given.
+        skipped (list[str]): Blocks left out because no output reaches them.
+        allow_random_base (bool): Do not ask whether weights were loaded.
+        eval_frozen (bool): Keep frozen stock modules in evaluation mode.
+    """
+
+    def __init__(self,
+                 plans: Sequence[dict],
+                 skipped: Sequence[str] = (),
+                 allow_random_base: bool = False,
+                 eval_frozen: bool = False) -> None:
+        super().__init__()
+        self.plans = list(plans)
+        self.skipped = list(skipped)
+        self.eval_frozen = eval_frozen
+        self.base_checked = allow_random_base
+        self.loaded = set()
+        self._handles = []
+
+    def release(self, backbone: nn.Module) -> None:
+        """Undo :func:`guard`."""
+        for handle in self._handles:
+            handle.remove()
+        for name in ('init_weights', 'train'):
+            backbone.__dict__.pop(name, None)
+
+
+def attached_modules(module: nn.Module) -> List[PEFTModule]:
+    """All attached modules below ``module``."""
+    return [m for m in module.modules() if isinstance(m, PEFTModule)]
+
+
+def guard(backbone: nn.Module) -> None:
+    """Protect frozen weights and fresh adapters from the stock machinery.
+
+    The class of the backbone must stay the stock one (mmpretrain migrates old
+    keys only ``if self.__class__ is SwinTransformer``), so two methods are
+    bound to the instance. Bound methods follow a deep copy.
+    """
+    state = backbone.peft
+    if hasattr(type(backbone), 'init_weights'):
+        backbone.init_weights = types.MethodType(init_weights, backbone)
+    backbone.train = types.MethodType(train, backbone)
+    state._handles = [
+        backbone._register_load_state_dict_pre_hook(
+            note_loaded, with_module=True),
+        backbone.register_forward_pre_hook(refuse_random_base),
+    ]
+    backbone.train(backbone.training)
+
+
+def init_weights(self: nn.Module) -> None:
+    """The stock ``init_weights``, then the methods' own initialisation.
+
+    Stock code initialises by layer type and would overwrite the attached
+    modules: mmdet's Swin sets every Linear below it to a normal.
+    """
+    again = getattr(self, '_is_init', False)
+    type(self).init_weights(self)
+    if not again:
+        for module in attached_modules(self):
+            module.reset_parameters()
+
+
+def train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """The stock ``train``, with what is frozen kept as it was.
+
+    Statistics of BatchNorm belong to the frozen base unless that BatchNorm
+    trains. Unlike the stock Swin's, it returns the module.
+    """
+    type(self).train(self, mode)
+    if mode:
+        state = self.peft
+        for module in _stock_modules(self):
+            trains = any(p.requires_grad
+                         for p in module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and not trains:
+                module.training = False
+            elif state.eval_frozen and module is not self and not trains:
+                module.training = False
+    return self
+
+
+def _stock_modules(backbone: nn.Module):
+    """Modules of the backbone without those attached to it."""
+    skipped = {id(m) for a in attached_modules(backbone) for m in a.modules()}
+    return (m for m in backbone.modules() if id(m) not in skipped)
+
+
+def note_loaded(module: nn.Module, state_dict: dict, prefix: str,
+                *args) -> None:
+    """Load hook: remember which frozen weights a checkpoint brings."""
+    for name, parameter in module.named_parameters():
+        value = state_dict.get(prefix + name)
+        if value is not None and value.shape == parameter.shape:
+            module.peft.loaded.add(name)
+
+
+def refuse_random_base(module: nn.Module, args: tuple) -> None:
+    """Forward hook: adapters on a frozen random backbone learn nothing.
+
+    Weights arrive after the model is built, so the first training forward is
+    the earliest moment to know. Vectors (biases, norms) are not asked for: an
+    ImageNet checkpoint has no output norms, and those start as identities.
+
+    Raises:
+        PEFTError: If a frozen weight matrix was never loaded.
+    """
+    state = module.peft
+    if state.base_checked or not module.training:
+        return
+    frozen = [
+        n for n, p in module.named_parameters()
+        if p.ndim > 1 and not p.requires_grad
+    ]
+    missing = [n for n in frozen if n not in state.loaded]
+    if missing:
+        raise PEFTError(
+            f'{len(missing)} of {len(frozen)} frozen weights of '
+            f'{type(module).__name__} were never loaded (such as '
+            f'{missing[0]!r}), and adapters on random weights learn nothing: '
+            'give the backbone an init_cfg=dict(type="Pretrained", '
+            'checkpoint=...) or the config a load_from of the same '
+            'architecture, or set allow_random_base=True if this is meant.')
+    state.base_checked = True
