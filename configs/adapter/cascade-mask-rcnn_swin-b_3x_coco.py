@@ -1,0 +1,3 @@
+_base_ = '../_base_/cascade-mask-rcnn_swin-b_3x_coco.py'
+model = dict(
+    backbone=dict(method=dict(type='Adapter', dim=64, placement='houlsby')))
