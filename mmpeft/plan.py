@@ -206,7 +206,7 @@ def _find(name: Union[str, type]) -> type:
 def _nearest(word: str, known: Sequence[str]) -> str:
     lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(str(word).lower(), lower, n=1)
-    return f'; did you mean {lower[near[0]]!r}?' if near else ''
+    return f' (did you mean {lower[near[0]]!r}?)' if near else ''
 
 
 def _snake(name: str) -> str:

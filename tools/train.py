@@ -58,6 +58,12 @@ def parse_args():
         default=[],
         help='settings to override in the config')
     parser.add_argument(
+        '--no-pin-memory', action='store_true', help='mmpretrain only')
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='mmpretrain only')
+    parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',

@@ -16,7 +16,10 @@ from ..errors import PEFTError
 from ..plan import parse_methods
 from ..preflight import check_files
 
-__all__ = ['prepare', 'build_runner', 'read_config', 'parse_options']
+__all__ = [
+    'prepare', 'build_runner', 'read_config', 'parse_options', 'set_work_dir',
+    'set_default_collate'
+]
 
 
 def read_config(args: Namespace) -> Config:
@@ -38,7 +41,7 @@ def prepare(args: Namespace) -> Config:
     cfg = read_config(args)
     cfg.launcher = args.launcher
     title = method_title(cfg) if args.method else ''
-    _set_work_dir(cfg, args, title)
+    set_work_dir(cfg, args, title)
     _add_report_hook(cfg)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -53,6 +56,7 @@ def prepare(args: Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     _scale_lr(cfg, args.lr_scale)
+    set_default_collate(cfg, args)
     check_files(cfg)
     return cfg
 
@@ -82,13 +86,31 @@ def _check_methods(cfg: Config) -> None:
         parse_methods(node.get('method') or [])
 
 
-def _set_work_dir(cfg: Config, args: Namespace, title: str) -> None:
+def set_work_dir(cfg: Config, args: Namespace, title: str) -> None:
+    """``--work-dir``, the config's, or one named after config and method."""
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         stem = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs',
                                 f'{stem}_{title}' if title else stem)
+
+
+def set_default_collate(cfg: Config, args: Namespace) -> None:
+    """What mmpretrain's tools add to every dataloader; its data preprocessor
+    expects collated batches."""
+    if cfg.get('default_scope') != 'mmpretrain':
+        return
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(key)
+        if loader is None:
+            continue
+        loader.setdefault('collate_fn', dict(type='default_collate'))
+        loader.setdefault('pin_memory', not args.no_pin_memory)
+        # Workers that do not exist cannot persist.
+        loader.setdefault(
+            'persistent_workers', not args.no_persistent_workers
+            and loader.get('num_workers', 0) > 0)
 
 
 def _add_report_hook(cfg: Config) -> None:

@@ -1,0 +1,140 @@
+"""Checkpoints: which model they belong to, and writing them safely."""
+import os
+import os.path as osp
+import tempfile
+from typing import Any, Dict
+
+import torch
+from mmengine.config import Config
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from ..config import PEFT_ARGUMENTS, find_peft_backbones
+from ..errors import MissingFileError, PEFTError
+from ..plan import parse_methods
+
+__all__ = [
+    'read_checkpoint', 'write_checkpoint', 'strip_method', 'match_checkpoint',
+    'load_exactly'
+]
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """A checkpoint as ``{'state_dict': ..., 'meta': ..., ...}``, on CPU.
+
+    Raises:
+        PEFTError: If the file is missing or is no checkpoint.
+    """
+    if '://' not in path and not osp.isfile(path):
+        raise MissingFileError(f'There is no checkpoint {path!r}; looked at '
+                               f'{osp.abspath(path)}.')
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except Exception as error:
+        raise PEFTError(f'{path} cannot be read as a checkpoint '
+                        f'({type(error).__name__}: '
+                        f'{str(error).splitlines()[0]}).') from error
+    if not isinstance(checkpoint, dict):
+        raise PEFTError(f'{path} holds a {type(checkpoint).__name__} and not '
+                        'a checkpoint.')
+    if 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    return checkpoint
+
+
+def write_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
+    """Write a checkpoint completely or not at all."""
+    folder = osp.dirname(osp.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def strip_method(cfg: Config) -> Config:
+    """The stock config that a PEFT config was made of, as a copy."""
+    cfg = Config(cfg.to_dict())
+    for node in find_peft_backbones(cfg).values():
+        stock = node['stock']
+        for key in PEFT_ARGUMENTS:
+            node.pop(key, None)
+        node['type'] = stock
+    hooks = cfg.get('default_hooks') or {}
+    for name in [n for n, h in hooks.items() if _is_ours(h)]:
+        hooks.pop(name)
+    imports = cfg.get('custom_imports')
+    if imports:
+        imports = [m for m in imports['imports'] if m != 'mmpeft']
+        if imports:
+            cfg.custom_imports['imports'] = imports
+        else:
+            cfg.pop('custom_imports')
+    return cfg
+
+
+def match_checkpoint(cfg: Config, path: str) -> Config:
+    """The config that a checkpoint belongs to: the given one, or, for a
+    merged file, the stock one below it.
+
+    Raises:
+        PEFTError: If the methods in the file are not those of the config.
+    """
+    state = read_checkpoint(path)['state_dict']
+    inside = {_method_name(k) for k in state if '.peft.' in f'.{k}'}
+    wanted = {
+        plan.name
+        for node in find_peft_backbones(cfg).values()
+        for plan in parse_methods(node['method']) if plan.is_module
+    }
+    if inside == wanted:
+        return cfg
+    if not inside:
+        # Told apart by content: stock keys only, so it has been merged, or
+        # it is a stock checkpoint.
+        return strip_method(cfg)
+    raise PEFTError(
+        f'{path} holds {_names(inside)}, but the config attaches '
+        f'{_names(wanted)}; test it with the config it was trained with, or '
+        'give the same --method.')
+
+
+def load_exactly(model: torch.nn.Module, state: Dict[str, Any],
+                 path: str) -> None:
+    """Load every tensor of a model from a state dict.
+
+    Raises:
+        PEFTError: If a tensor is missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    other = [
+        k for k in own if k in state and state[k].shape != own[k].shape
+    ]
+    for what, keys in (('lacks', missing), ('has besides', extra),
+                       ('has in another shape', other)):
+        if keys:
+            raise PEFTError(
+                f'{path} does not belong to this config: it {what} '
+                f'{len(keys)} of the {len(own)} tensors, such as '
+                f'{keys[0]!r}.')
+    model.load_state_dict(state, strict=True)
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, dict) and str(hook.get(
+        'type', '')).startswith('mmpeft.')
+
+
+def _method_name(key: str) -> str:
+    return f'.{key}'.split('.peft.', 1)[1].split('.')[0]
+
+
+def _names(names) -> str:
+    return ', '.join(sorted(names)) or 'no method'

@@ -1,0 +1,214 @@
+"""The main job of this project on data that it generates itself.
+
+    python tools/demo.py
+
+Draws two domains of shapes, trains a small stock Mask R-CNN on the first,
+adapts it to the second with several methods through tools/train.py, merges
+LoRA into the stock model, and writes a table and a picture to
+work_dirs/demo. What is finished is kept and not run again.
+"""
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from demo_steps import (Step, StepError, collect_training,  # noqa: E402
+                        run_steps, training)
+from mmengine.config import Config  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+import mmpeft  # noqa: E402
+from mmpeft.datasets import ensure_shapes  # noqa: E402
+
+DATA = 'data/shapes_v1'
+SOURCE = 'configs/_base_/mask-rcnn_swin-nano_shapes-source.py'
+TARGET = 'configs/{}/mask-rcnn_swin-nano_shapes.py'
+NAMES = dict(
+    full='Full',
+    frozen='Frozen',
+    partial='Partial',
+    bitfit='BitFit',
+    ln_tune='LNTune',
+    adapter='Adapter',
+    adaptformer='AdaptFormer',
+    lora='LoRA',
+    mona='Mona')
+# --fast: a smoke test of all steps, its numbers mean nothing.
+FAST = [
+    f'train_cfg.{key}=1' for key in ('max_epochs', 'val_interval')
+] + [
+    'default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1',
+    'train_dataloader.dataset.indices=16', 'val_dataloader.dataset.indices=8'
+]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dir', default='work_dirs/demo', type=Path)
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        choices=list(NAMES),
+        default=['full', 'frozen', 'mona', 'lora'],
+        metavar='METHOD',
+        help=f'any of {", ".join(NAMES)}')
+    parser.add_argument('--seed', type=int, default=0, help='the first seed')
+    parser.add_argument(
+        '--seeds', type=int, default=1, help='runs per method')
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help='runs at the same time, one core each')
+    parser.add_argument(
+        '--fresh', action='store_true', help='keep nothing of earlier runs')
+    parser.add_argument(
+        '--fast', action='store_true', help='a smoke test of two iterations')
+    return parser.parse_args()
+
+
+def key_of(*parts) -> str:
+    """Identifies a result by all that it depends on."""
+    parts = [mmpeft.__version__, torch.__version__, *map(str, parts)]
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+
+
+def config_text(config: str) -> str:
+    return Config.fromfile(str(ROOT / config)).pretty_text
+
+
+def pretrain(args, options, console) -> tuple:
+    """Trains the source detector once; returns its file, key and scores."""
+    digests = (ROOT / DATA / 'digests.json').read_text()
+    key = key_of(config_text(SOURCE), digests, options)
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    cached = cache / 'mmpeft' / 'demo' / key
+    if args.fresh:
+        shutil.rmtree(cached, ignore_errors=True)
+    if not (cached / 'scores.json').is_file():
+        options = ['randomness.seed=0', *options]
+        folder = args.work_dir / 'source'
+        epochs = 1 if args.fast else Config.fromfile(
+            str(ROOT / SOURCE)).max_epochs
+        step = Step('source', training(SOURCE, folder, *options), folder, key,
+                    collect_training, epochs)
+        scores = run_steps([step], 1, console)[0]
+        checkpoint = torch.load(
+            scores['checkpoint'], map_location='cpu', weights_only=False)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=cached.parent))
+        torch.save(
+            dict(state_dict=checkpoint['state_dict']),
+            work / 'swin-nano_source.pth')
+        (work / 'scores.json').write_text(json.dumps(scores))
+        shutil.rmtree(cached, ignore_errors=True)
+        os.replace(work, cached)
+    else:
+        console.print(f'  kept from an earlier run: {cached}')
+    scores = json.loads((cached / 'scores.json').read_text())
+    return cached / 'swin-nano_source.pth', key, scores
+
+
+def adapt(args, options, source, source_key, console) -> dict:
+    """Trains every method with every seed; returns runs by method."""
+    if args.fast:
+        options = [*options, f'model.backbone.init_cfg.checkpoint={source}']
+    else:
+        # Where the configs look, for a run by hand as well.
+        shutil.copy(source, ROOT / DATA / '.source.pth')
+        os.replace(ROOT / DATA / '.source.pth', ROOT / DATA / source.name)
+    steps = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for method in args.methods:
+            config = TARGET.format(method)
+            mine = [f'randomness.seed={seed}', *options]
+            folder = args.work_dir / f'{method}_seed{seed}'
+            epochs = 1 if args.fast else Config.fromfile(
+                str(ROOT / config)).max_epochs
+            steps.append(
+                Step(f'{NAMES[method]}, seed {seed}',
+                     training(config, folder, *mine), folder,
+                     key_of(config_text(config), source_key, mine),
+                     collect_training, epochs))
+    if args.fresh:
+        for step in steps:
+            shutil.rmtree(step.folder, ignore_errors=True)
+    results = run_steps(steps, args.jobs, console)
+    return {
+        method: results[i::len(args.methods)]
+        for i, method in enumerate(args.methods)
+    }
+
+
+def merge(args, checkpoint, console) -> dict:
+    """Merges LoRA and runs the result where mmpeft is not imported."""
+    config = TARGET.format('lora')
+    merged = args.work_dir / 'lora_merged.pth'
+    model = Config.fromfile(str(ROOT / config)).model
+    backbone = model.backbone
+    backbone.type = backbone.pop('stock')
+    for name in ('method', 'init_cfg'):
+        backbone.pop(name)
+    stock = args.work_dir / 'stock.py'
+    Config(dict(model=model)).dump(str(stock))
+    out = args.work_dir / 'merged_predictions.pkl'
+    key = key_of(checkpoint, time.time())
+    commands = dict(
+        merge=['tools/merge_peft.py', config, checkpoint, merged],
+        check=[
+            'tools/demo_predict.py', stock, merged, f'{DATA}/target_val.json',
+            f'{DATA}/images/target_val', out
+        ])
+    for name, command in commands.items():
+        step = Step(f'LoRA: {name}', [sys.executable, *map(str, command)],
+                    args.work_dir / name, key, lambda folder: {})
+        run_steps([step], 1, console)
+    with out.open('rb') as file:
+        return pickle.load(file)
+
+
+def main():
+    args = parse_args()
+    console = Console()
+    began = time.time()
+    args.work_dir = args.work_dir.resolve()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    options = FAST if args.fast else []
+    try:
+        console.rule('1/5 Data: shapes in two domains')
+        ensure_shapes(ROOT / DATA)
+        console.print(f'  {DATA}')
+        console.rule('2/5 Source: a stock detector, trained once')
+        source, key, scores = pretrain(args, options, console)
+        console.print(f'  source mAP: box {100 * scores["bbox"]:.1f}, '
+                      f'mask {100 * scores["segm"]:.1f}')
+        console.rule(f'3/5 Target: {len(args.methods)} methods')
+        runs = adapt(args, options, source, key, console)
+        merged = None
+        if 'lora' in args.methods:
+            console.rule('4/5 Merge LoRA, load it strictly without mmpeft')
+            merged = merge(args, runs['lora'][0]['checkpoint'], console)
+        console.rule('5/5 Results')
+        report(args, runs, merged, console, began)
+    except StepError as error:
+        console.print(str(error), style='red', markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print('Interrupted; start again to go on from here.')
+        sys.exit(130)
+
+
+if __name__ == '__main__':
+    main()
