@@ -1,0 +1,88 @@
+"""Tiny stock Swin backbones of the three libraries."""
+import importlib
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+#: Every method with widths that fit a backbone of 16 and 32 channels.
+METHODS = {
+    'Full': 'Full',
+    'Frozen': 'Frozen',
+    'Partial': 'Partial',
+    'BitFit': 'BitFit',
+    'LNTune': 'LNTune',
+    'Adapter': 'Adapter:dim=4',
+    'AdaptFormer': 'AdaptFormer:dim=4',
+    'LoRA': 'LoRA:rank=4,targets=[q,k,v,proj,fc1,fc2]',
+    'Mona': 'Mona:dim=4',
+}
+
+
+def stock_cfg(library, **kwargs):
+    """Config of a two-stage Swin; drop-path on, window 7."""
+    if library == 'mmpretrain':
+        cfg = dict(
+            type='mmpretrain.SwinTransformer',
+            arch=dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4]),
+            pad_small_map=True,
+            out_indices=(0, 1),
+            drop_path_rate=.2)
+    else:
+        cfg = dict(
+            type=f'{library}.SwinTransformer',
+            embed_dims=16,
+            depths=(2, 2),
+            num_heads=(2, 4),
+            strides=(4, 2),
+            out_indices=(0, 1),
+            drop_path_rate=.2)
+    cfg.update(kwargs)
+    return cfg
+
+
+def peft_cfg(library, method, **kwargs):
+    """The same with a method."""
+    cfg = stock_cfg(library)
+    return dict(
+        cfg,
+        type='mmpeft.PEFTBackbone',
+        stock=cfg['type'],
+        method=method,
+        **kwargs)
+
+
+def build_pair(library, method, **kwargs):
+    """A stock backbone, and a PEFT one that loaded its weights."""
+    importlib.import_module(library)
+    torch.manual_seed(0)
+    stock = MODELS.build(stock_cfg(library))
+    perturb(stock, only='')
+    peft = MODELS.build(peft_cfg(library, method, **kwargs))
+    peft.load_state_dict(stock.state_dict(), strict=False)
+    return stock, peft
+
+
+def perturb(module, only='.peft.'):
+    """Random values everywhere, so that no zero hides a mistake."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in module.named_parameters():
+        if only in f'.{name}':
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise.to(parameter), alpha=.05)
+    return module
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    """Each of the three libraries, where it is installed."""
+    pytest.importorskip(request.param)
+    return request.param
+
+
+@pytest.fixture
+def image():
+    """A batch whose size the window does not divide."""
+    torch.manual_seed(2)
+    return torch.randn(2, 3, 60, 44)
