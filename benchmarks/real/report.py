@@ -1,0 +1,210 @@
+"""The table in docs, from the results and nothing else."""
+
+import platform
+import shlex
+from statistics import mean, stdev
+
+from benchmarks.real.cell import ppt
+from benchmarks.real.plan import (METHODS, TASKS, Task, choose_lr,
+                                  reported_cells, tuning_cells)
+
+COMMAND = 'python benchmarks/real/run.py --data-root DIR'
+COLUMNS = {
+    'camvid': ('mIoU', ),
+    'coco-mini': ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')
+}
+TITLES = {
+    'camvid': 'CamVid, 240x180 (width x height), UPerNet',
+    'coco-mini': 'COCO subset, one category, Mask R-CNN'
+}
+
+
+def spread(values: list[float]) -> str:
+    """``mean ± sample standard deviation``, or the one value."""
+    if not values:
+        return 'not measured'
+    if len(values) == 1:
+        return f'{values[0]:.2f}'
+    return f'{mean(values):.2f} ± {stdev(values):.2f}'
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ['---'] * len(head)] + rows
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def _edge(task: Task, lr: float) -> str:
+    """Marks a learning rate at the end of the grid."""
+    return f'{lr:g}' + (' (edge)' if lr in (min(task.grid),
+                                            max(task.grid)) else '')
+
+
+def done_results(task: Task, results: dict[str, dict], method: str) -> list:
+    """Results behind a row, those that finished."""
+    found = (
+        results.get(cell.name)
+        for cell in reported_cells(task, results, method))
+    return [r for r in found if r is not None and r['status'] == 'done']
+
+
+def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
+    rows, columns = [], COLUMNS[task.name]
+    for method in METHODS:
+        done = done_results(task, results, method)
+        lr = choose_lr(task, results, method)
+        row = [method]
+        row += [spread([r['final'][name] for r in done]) for name in columns]
+        if done:
+            trainable = done[0]['backbone_trainable']
+            score = mean(r['final'][task.metric] for r in done)
+            row += [
+                f'{trainable / 1e6:.4f}', f'{ppt(score, trainable):.2f}',
+                f"{mean(r['cpu_s_per_step'] for r in done):.3f}",
+                f"{max(r['max_rss_bytes'] for r in done) / 2**30:.2f}"
+            ]
+        else:
+            row += ['not measured'] * 4
+        row.append(_edge(task, lr) if lr is not None else 'not measured')
+        if task.seeds:
+            row.append(', '.join(str(r['seed']) for r in done) or 'none')
+        rows.append(row)
+    return rows
+
+
+def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for method in METHODS:
+        row, best = [method], choose_lr(task, results, method)
+        for cell in tuning_cells(task):
+            if cell.method != method:
+                continue
+            result = results.get(cell.name)
+            if result is None:
+                text = 'not measured'
+            elif result['status'] == 'failed':
+                text = 'failed'
+            else:
+                text = f"{result['tune'][task.metric]:.2f}"
+            row.append(f'**{text}**' if cell.lr == best else text)
+        rows.append(row)
+    return rows
+
+
+def gains(task: Task, results: dict[str, dict]) -> str:
+    """How every method stands to Frozen, in words."""
+    scores = {
+        m: [r['final'][task.metric] for r in done_results(task, results, m)]
+        for m in METHODS
+    }
+    if not scores['Frozen']:
+        return ''
+    base = mean(scores['Frozen'])
+    parts = [
+        f'{m} {mean(values) - base:+.2f}' for m, values in scores.items()
+        if values and m != 'Frozen'
+    ]
+    return (f'Difference of {task.metric} to Frozen, in points: ' +
+            ', '.join(parts) + '.')
+
+
+def failures(task: Task, results: dict[str, dict]) -> list[str]:
+    return [
+        f"- `{name}` failed: {result['reason']}"
+        for name, result in sorted(results.items())
+        if result['task'] == task.name and result['status'] == 'failed'
+    ]
+
+
+def recipe(task: Task) -> str:
+    """The facts of a task, read from its config."""
+    from mmengine.config import Config
+
+    import mmpeft  # noqa: F401 (makes the names mmseg::… resolve)
+    cfg = Config.fromfile(task.config_path, import_custom_modules=False)
+    warmup = cfg.param_scheduler[0]['end']
+    text = (f'{cfg.train_cfg.max_iters} iterations of batch '
+            f'{cfg.train_dataloader.batch_size}, AdamW (weight decay '
+            f'{cfg.optim_wrapper.optimizer.weight_decay}, none on norms and '
+            f'relative-position tables), {warmup} iterations of warm-up, then '
+            'linear decay to zero, random flip. Learning rates tried for '
+            'every method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
+    if task.seeds:
+        return text + (
+            f'Chosen by {task.metric} on the val split with seed '
+            f'{task.tune_seed}; reported: last iterate on the test split, '
+            f'seeds {", ".join(map(str, task.seeds))}, mean ± sample '
+            'standard deviation.')
+    return text + (
+        f'One seed ({task.tune_seed}). Of the validation images, sorted by '
+        f'id, every other one chooses the rate (by {task.metric}), the rest '
+        'are reported. Differences of a point mean nothing here.')
+
+
+def task_section(task: Task, results: dict[str, dict]) -> str:
+    head = ['Method', *COLUMNS[task.name], 'Trainable in backbone (M)', 'PPT']
+    head += ['CPU s/step', 'Max RSS (GiB)', 'Learning rate']
+    if task.seeds:
+        head.append('Seeds')
+    rates = [f'{lr:g}' for lr in task.grid]
+    parts = [
+        f'## {TITLES[task.name]}',
+        f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),
+        table(head, main_rows(task, results)),
+        gains(task,
+              results), f'Tuning ({task.metric}; the chosen rate is bold):',
+        table(['Method', *rates], tuning_rows(task, results))
+    ]
+    failed = failures(task, results)
+    if failed:
+        parts.append('\n'.join(failed))
+    return '\n\n'.join(part for part in parts if part)
+
+
+INTRO = """\
+# PEFT methods on real data
+
+Written by `{command}`; not edited by hand. A cell that says "not measured"
+was not run.
+
+One Swin of 2.7 M parameters (widths 32 to 256, depths 2-2-4-2, window 7),
+pre-trained on 100 classes of Tiny ImageNet at 64x64, is the start of every
+run. So small a base, so few images and so short a training order methods
+among themselves in this regime only; they say nothing about Swin-B on COCO.
+
+- Every run is one call of `tools/train.py` with one thread; the bottleneck of
+  each method is half the first stage's width, as 64 is for Swin-B: {specs}.
+- One learning rate for all that trains: head, neck and what the method
+  trains, as in the stock Swin recipes. Every method is tuned over the same
+  grid; "(edge)" marks a choice at an end of it.
+- Frozen and the PEFT methods keep the output norms `norm0` to `norm2`, which
+  no classifier has, at weight 1 and bias 0, as the released Mona recipe does
+  (BitFit trains their biases); Full trains them. `norm3` comes with the base.
+- No drop-path, window 7 on sizes that 7 does not divide (padding is at work).
+- PPT is `metric * exp(-log10(P / 1e7 + 1))`, P the trainable parameters of
+  the backbone, of the first metric column.
+- CPU s/step: median CPU time of a training step, data loading included.
+  Other programs ran beside, so the wall clock is left out.
+"""
+
+
+def machine(results: dict[str, dict]) -> str:
+    done = [r for r in results.values() if r['status'] == 'done']
+    if not done:
+        return 'Nothing has been measured.'
+    dates = sorted(r['date'] for r in done)
+    hours = sum(r['steps'] * r['cpu_s_per_step'] for r in done) / 3600
+    versions = ', '.join(sorted({r['torch'] for r in done}))
+    cores = ', '.join(sorted({str(r['cores']) for r in done}))
+    return (f'{len(done)} runs between {dates[0]} and {dates[-1]}, '
+            f'{hours:.2f} CPU hours of training steps, on a machine with '
+            f'{cores} CPU cores ({platform.machine()}), '
+            f'{done[0]["threads"]} thread per run, torch {versions}.')
+
+
+def render(results: dict[str, dict]) -> str:
+    """Name of a cell to its result -> the page."""
+    specs = ', '.join(f'`{shlex.quote(s)}`' for s in METHODS.values())
+    parts = [INTRO.format(command=COMMAND, specs=specs).strip()]
+    parts += [machine(results)]
+    parts += [task_section(task, results) for task in TASKS.values()]
+    return '\n\n'.join(parts) + '\n'

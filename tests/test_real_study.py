@@ -1,0 +1,294 @@
+"""The study on real data: planning, resuming and the table."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import mmpeft  # noqa: F401 (makes the names mmseg::… resolve)
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.real import cell as cell_module  # noqa: E402
+from benchmarks.real import data, plan, report  # noqa: E402
+from benchmarks.real.halves import evaluate_halves, split_images  # noqa: E402
+
+CAMVID, COCO = plan.TASKS['camvid'], plan.TASKS['coco-mini']
+
+
+def fake_result(cell, score):
+    """A finished cell with the given percentage for every metric."""
+    names = report.COLUMNS[cell.task] + ('mIoU', 'bbox_mAP')
+    phases = ('tune', 'final') if cell.task == 'coco-mini' else (cell.phase, )
+    return dict(
+        vars(cell),
+        digest=cell.digest(),
+        status='done',
+        date='2026-01-01T00:00:00+00:00',
+        backbone_trainable=1_000_000,
+        model_trainable=2_000_000,
+        cpu_s_per_step=0.25,
+        max_rss_bytes=2**30,
+        threads=1,
+        cores=2,
+        torch='2',
+        steps=250,
+        **{phase: dict.fromkeys(names, score)
+           for phase in phases})
+
+
+def fake_tuning(task, best):
+    """All tuning cells; learning rate number ``best`` wins by a point."""
+    return {
+        cell.name: fake_result(cell, 20. + (cell.lr == task.grid[best]))
+        for cell in plan.tuning_cells(task)
+    }
+
+
+def test_grid_is_the_same_for_every_method():
+    cells = plan.tuning_cells(CAMVID)
+    assert len(cells) == len({c.name for c in cells})
+    for method in plan.METHODS:
+        own = [c for c in cells if c.method == method]
+        assert tuple(c.lr for c in own) == CAMVID.grid
+        assert {c.seed for c in own} == {CAMVID.tune_seed}
+    assert CAMVID.tune_seed not in CAMVID.seeds
+
+
+def test_final_cells_wait_for_the_whole_grid():
+    results = fake_tuning(CAMVID, best=1)
+    assert len(plan.final_cells(CAMVID, results)) == 3 * len(plan.METHODS)
+    assert {c.lr
+            for c in plan.final_cells(CAMVID, results)} == {CAMVID.grid[1]}
+    missing = next(c for c in plan.tuning_cells(CAMVID) if c.method == 'Mona')
+    del results[missing.name]
+    assert plan.choose_lr(CAMVID, results, 'Mona') is None
+    assert 'Mona' not in {c.method for c in plan.final_cells(CAMVID, results)}
+    # Seeds go round: what a stopped study has is equal for all methods.
+    first = plan.final_cells(CAMVID, results)[:len(plan.METHODS) - 1]
+    assert {c.seed for c in first} == {CAMVID.seeds[0]}
+
+
+def test_failed_learning_rate_is_not_chosen():
+    results = fake_tuning(CAMVID, best=2)
+    for cell in plan.tuning_cells(CAMVID):
+        if cell.method == 'Full' and cell.lr == CAMVID.grid[2]:
+            results[cell.name] = dict(
+                vars(cell), status='failed', reason='diverged')
+    # The rest tie; the smallest wins.
+    assert plan.choose_lr(CAMVID, results, 'Full') == CAMVID.grid[0]
+    assert 'diverged' in report.render(results)
+
+
+def test_report_of_nothing_says_not_measured():
+    page = report.render({})
+    assert page.count('not measured') > 2 * len(plan.METHODS)
+    assert 'Nothing has been measured' in page
+
+
+def test_report_numbers():
+    results = fake_tuning(CAMVID, best=1)
+    for cell in plan.final_cells(CAMVID, results):
+        score = 30. + cell.seed + 5 * (cell.method == 'Mona')
+        results[cell.name] = fake_result(cell, score)
+    results.update(fake_tuning(COCO, best=0))
+    page = report.render(results)
+    assert '| Mona | 36.00 ± 1.00 | 1.0000 |' in page
+    assert f'{cell_module.ppt(36., 1_000_000):.2f}' in page
+    assert 'Mona +5.00' in page and 'BitFit +0.00' in page
+    assert '(edge)' in page and '**21.00**' in page
+    assert 'not measured |' not in page
+
+
+def test_ppt():
+    assert cell_module.ppt(50., 0) == 50.
+    assert cell_module.ppt(50., 90_000_000) == pytest.approx(50 / 2.718281828)
+
+
+@pytest.fixture
+def places(tmp_path):
+    return cell_module.Places(tmp_path / 'data', tmp_path / 'cache',
+                              tmp_path / 'base.pth')
+
+
+@pytest.fixture
+def one_cell():
+    return plan.tuning_cells(CAMVID, iters=2)[0]
+
+
+def pretend(monkeypatch, body):
+    """Replaces ``tools/train.py`` by a line of Python."""
+    monkeypatch.setattr(cell_module, 'cell_command',
+                        lambda cell, places: [sys.executable, '-c', body])
+
+
+def test_failed_cell_is_recorded_with_its_reason(places, one_cell,
+                                                 monkeypatch):
+    pretend(monkeypatch, 'raise SystemExit("no such weights")')
+    result = cell_module.run_cell(one_cell, places, {})
+    assert result['status'] == 'failed'
+    assert 'no such weights' in result['reason']
+    assert cell_module.read_result(one_cell, places) == result
+
+
+def test_killed_cell_leaves_no_result(places, one_cell, monkeypatch):
+    pretend(monkeypatch, 'import os; os.kill(os.getpid(), 15)')
+    assert cell_module.run_cell(one_cell, places, {}) is None
+    assert cell_module.read_result(one_cell, places) is None
+
+
+@pytest.mark.parametrize('differ', [[], ['norm3.weight']])
+def test_weights_must_have_been_loaded(places, one_cell, monkeypatch, differ):
+    record = dict(
+        metrics=dict(mIoU=31., aAcc=1., mAcc=1.),
+        finite=True,
+        base=dict(tensors=2, differ=differ, new=[]))
+    out = places.folder(one_cell) / 'record.json'
+    pretend(monkeypatch, f'open({str(out)!r}, "w").write('
+            f'{json.dumps(record)!r})')
+    result = cell_module.run_cell(one_cell, places, {})
+    if differ:
+        assert 'norm3.weight' in result['reason']
+    else:
+        assert result['tune']['mIoU'] == 31.
+
+
+def test_result_of_another_config_is_not_used(places, one_cell, monkeypatch):
+    pretend(monkeypatch, 'raise SystemExit(1)')
+    cell_module.run_cell(one_cell, places, {})
+    monkeypatch.setitem(plan.METHODS, one_cell.method, 'Frozen')
+    assert cell_module.read_result(one_cell, places) is None
+
+
+@pytest.mark.parametrize('task', list(plan.TASKS))
+@pytest.mark.parametrize('phase', ['tune', 'final'])
+def test_cell_config_is_read(places, task, phase):
+    config = pytest.importorskip('mmengine.config').Config
+    pytest.importorskip('mmseg')
+    pytest.importorskip('mmdet')
+    cell = plan.Cell(task, 'Mona', 0.003, 7, phase, 11)
+    file = places.cache / 'cell.py'
+    file.parent.mkdir(parents=True)
+    file.write_text(cell_module.cell_config(cell, places))
+    cfg = config.fromfile(file, import_custom_modules=False)
+    assert cfg.optim_wrapper.optimizer.lr == 0.003
+    assert cfg.randomness.seed == 7 and cfg.train_cfg.max_iters == 11
+    assert cfg.model.backbone.init_cfg.checkpoint == str(places.checkpoint)
+    assert cfg.test_dataloader.dataset == cfg.val_dataloader.dataset
+    if task == 'camvid':
+        split = dict(tune='val', final='test')[phase]
+        assert cfg.val_dataloader.dataset.data_prefix == dict(
+            img_path=f'images/{split}', seg_map_path=f'annotations/{split}')
+        assert cfg.model.data_preprocessor.size == (180, 240)
+
+
+def test_class_agnostic_keeps_everything_else():
+    made = data.class_agnostic(
+        dict(
+            info=1,
+            images=[dict(id=3)],
+            categories=[dict(id=7), dict(id=9)],
+            annotations=[dict(id=1, category_id=9, bbox=[0, 0, 2, 2])]))
+    assert made['annotations'] == [
+        dict(id=1, category_id=1, bbox=[0, 0, 2, 2])
+    ]
+    assert [c['id'] for c in made['categories']] == [1]
+    assert made['images'] == [dict(id=3)]
+
+
+def test_halves_share_no_image(tmp_path):
+    halves = split_images([5, 1, 3, 2])
+    assert halves == dict(tune=[1, 3], final=[2, 5])
+    pytest.importorskip('pycocotools')
+    box, square = [10., 10., 40., 40.], [[10, 10, 50, 10, 50, 50, 10, 50]]
+    truth = dict(
+        images=[dict(id=i, width=64, height=64) for i in (1, 2)],
+        categories=[dict(id=1, name='object')],
+        annotations=[
+            dict(
+                id=i,
+                image_id=i,
+                category_id=1,
+                bbox=box,
+                area=1600,
+                iscrowd=0,
+                segmentation=square) for i in (1, 2)
+        ])
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    # Image 1 is found, image 2 is not.
+    found = dict(
+        image_id=1, category_id=1, score=.9, bbox=box, segmentation=square)
+    for kind in ('bbox', 'segm'):
+        item = dict(found)
+        del item['segmentation' if kind == 'bbox' else 'bbox']
+        if kind == 'segm':
+            from pycocotools import mask
+            run = mask.frPyObjects(square, 64, 64)[0]
+            item['segmentation'] = dict(run, counts=run['counts'].decode())
+        (tmp_path / f'r.{kind}.json').write_text(json.dumps([item]))
+    scores = evaluate_halves(tmp_path / 'truth.json', str(tmp_path / 'r'))
+    assert scores['tune']['bbox_mAP'] == pytest.approx(100)
+    assert scores['tune']['segm_mAP_50'] == pytest.approx(100)
+    assert scores['final']['bbox_mAP'] == 0
+
+
+def test_missing_data_is_one_sentence(tmp_path):
+    with pytest.raises(data.DataError, match='--data-root'):
+        data.prepare_camvid(tmp_path, tmp_path)
+    with pytest.raises(data.DataError, match='COCO'):
+        data.prepare_coco(tmp_path, tmp_path)
+
+
+def test_study_resumes(tmp_path, monkeypatch):
+    pytest.importorskip('mmengine')
+    from benchmarks.real import run
+    ran = []
+
+    def fake_run(cell, places, running):
+        ran.append(cell.name)
+        result = fake_result(cell, 30.)
+        folder = places.folder(cell)
+        folder.mkdir(parents=True)
+        (folder / 'result.json').write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(cell_module, 'run_cell', fake_run)
+    places = cell_module.Places(tmp_path, tmp_path, tmp_path / 'base.pth')
+    args = types.SimpleNamespace(
+        budget=None, jobs=2, iters=None, retry_failed=False)
+    run.Study(places, args).run_task('camvid')
+    total = len(plan.METHODS) * (len(CAMVID.grid) + len(CAMVID.seeds))
+    assert len(ran) == len(set(ran)) == total
+    run.Study(places, args).run_task('camvid')
+    assert len(ran) == total
+    # Out of time: nothing starts.
+    args.budget = 0.
+    run.Study(places, args).run_task('coco-mini')
+    assert len(ran) == total
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize('task', list(plan.TASKS))
+def test_two_iterations_on_real_data(task, tmp_path):
+    """Needs ``MMPEFT_REAL_DATA``, the folder for ``--data-root``."""
+    root = os.environ.get('MMPEFT_REAL_DATA')
+    if not root:
+        pytest.skip('MMPEFT_REAL_DATA is not set')
+    command = [
+        sys.executable,
+        str(ROOT / 'benchmarks' / 'real' / 'run.py'), '--data-root', root,
+        '--cache',
+        str(tmp_path), '--tasks', task, '--iters', '2'
+    ]
+    subprocess.run(command, check=True)
+    files = sorted(tmp_path.glob('cells/*/result.json'))
+    config = plan.TASKS[task]
+    runs = len(config.grid) + len(config.seeds)
+    assert len(files) == runs * len(plan.METHODS)
+    for file in files:
+        assert json.loads(file.read_text())['status'] == 'done'
