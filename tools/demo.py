@@ -86,12 +86,12 @@ def key_of(*parts) -> str:
 
 
 def config_text(config: str) -> str:
-    return Config.fromfile(str(ROOT / config)).pretty_text
+    return Config.fromfile(config).pretty_text
 
 
 def pretrain(args, options, console) -> tuple:
     """Trains the source detector once; returns its file, key and scores."""
-    digests = (ROOT / DATA / 'digests.json').read_text()
+    digests = Path(DATA, 'digests.json').read_text()
     key = key_of(config_text(SOURCE), digests, options)
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     cached = cache / 'mmpeft' / 'demo' / key
@@ -101,7 +101,7 @@ def pretrain(args, options, console) -> tuple:
         options = ['randomness.seed=0', *options]
         folder = args.work_dir / 'source'
         epochs = 1 if args.fast else Config.fromfile(
-            str(ROOT / SOURCE)).max_epochs
+            SOURCE).max_epochs
         step = Step('source', training(SOURCE, folder, *options), folder, key,
                     collect_training, epochs)
         scores = run_steps([step], 1, console)[0]
@@ -127,8 +127,8 @@ def adapt(args, options, source, source_key, console) -> dict:
         options = [*options, f'model.backbone.init_cfg.checkpoint={source}']
     else:
         # Where the configs look, for a run by hand as well.
-        shutil.copy(source, ROOT / DATA / '.source.pth')
-        os.replace(ROOT / DATA / '.source.pth', ROOT / DATA / source.name)
+        shutil.copy(source, f'{DATA}/.source.pth')
+        os.replace(f'{DATA}/.source.pth', f'{DATA}/{source.name}')
     steps = []
     for seed in range(args.seed, args.seed + args.seeds):
         for method in args.methods:
@@ -136,7 +136,7 @@ def adapt(args, options, source, source_key, console) -> dict:
             mine = [f'randomness.seed={seed}', *options]
             folder = args.work_dir / f'{method}_seed{seed}'
             epochs = 1 if args.fast else Config.fromfile(
-                str(ROOT / config)).max_epochs
+                config).max_epochs
             steps.append(
                 Step(f'{NAMES[method]}, seed {seed}',
                      training(config, folder, *mine), folder,
@@ -156,7 +156,7 @@ def merge(args, checkpoint, console) -> dict:
     """Merges LoRA and runs the result where mmpeft is not imported."""
     config = TARGET.format('lora')
     merged = args.work_dir / 'lora_merged.pth'
-    model = Config.fromfile(str(ROOT / config)).model
+    model = Config.fromfile(config).model
     backbone = model.backbone
     backbone.type = backbone.pop('stock')
     for name in ('method', 'init_cfg'):
@@ -166,7 +166,7 @@ def merge(args, checkpoint, console) -> dict:
     out = args.work_dir / 'merged_predictions.pkl'
     key = key_of(checkpoint, time.time())
     commands = dict(
-        merge=['tools/merge_peft.py', config, checkpoint, merged],
+        merge=['tools/merge_peft.py', config, checkpoint, merged, '--force'],
         check=[
             'tools/demo_predict.py', stock, merged, f'{DATA}/target_val.json',
             f'{DATA}/images/target_val', out
@@ -185,10 +185,11 @@ def main():
     began = time.time()
     args.work_dir = args.work_dir.resolve()
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # the data of the configs lies below the checkout
     options = FAST if args.fast else []
     try:
         console.rule('1/5 Data: shapes in two domains')
-        ensure_shapes(ROOT / DATA)
+        ensure_shapes(DATA)
         console.print(f'  {DATA}')
         console.rule('2/5 Source: a stock detector, trained once')
         source, key, scores = pretrain(args, options, console)
@@ -201,7 +202,10 @@ def main():
             console.rule('4/5 Merge LoRA, load it strictly without mmpeft')
             merged = merge(args, runs['lora'][0]['checkpoint'], console)
         console.rule('5/5 Results')
-        report(args, runs, merged, console, began)
+        from demo_report import report
+        configs = {method: TARGET.format(method) for method in runs}
+        report(args, runs, NAMES, configs, DATA, scores, merged, began,
+               console)
     except StepError as error:
         console.print(str(error), style='red', markup=False, highlight=False)
         sys.exit(1)

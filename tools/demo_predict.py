@@ -27,7 +27,8 @@ def build(model_cfg: dict, checkpoint: str) -> torch.nn.Module:
     register_all_modules(init_default_scope=False)
     init_default_scope('mmdet')
     model = MODELS.build(model_cfg)
-    weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    weights = CheckpointLoader.load_checkpoint(
+        checkpoint, map_location='cpu', logger='silent')
     model.load_state_dict(weights.get('state_dict', weights), strict=True)
     model.eval()
     return model
@@ -76,15 +77,11 @@ def coco_map(results: List[Dict], annotations: str) -> Dict[str, float]:
     for metric in ('bbox', 'segm'):
         scores[metric] = 0.
         if detections:
-            # As CocoMetric does: otherwise the area of a box would be used
-            # to sort masks into small, medium and large.
-            for found in detections:
-                found.pop('area', None)
-            copies = [
-                dict(d) if metric == 'bbox' else
-                {k: v
-                 for k, v in d.items() if k != 'bbox'} for d in detections
-            ]
+            # Without a box, COCO sorts masks by their own size.
+            dropped = 'segmentation' if metric == 'bbox' else 'bbox'
+            copies = [{k: v
+                       for k, v in d.items() if k != dropped}
+                      for d in detections]
             evaluation = COCOeval(truth, truth.loadRes(copies), metric)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -1,12 +1,16 @@
 """Measure the demo's models, and write its table and its picture."""
 import contextlib
 import io
+import json
 import statistics
+import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
+from demo_picture import ROWS, draw, ground_truth
 from demo_predict import build, image_files, predict
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -15,10 +19,6 @@ from rich.table import Table
 
 import mmpeft
 
-# Okabe and Ito's colours, told apart by everybody.
-COLOURS = ('#E69F00', '#56B4E9', '#F0E442', '#CC79A7', '#009E73')
-ROWS = 4
-SCORE = 0.3
 MEMORY_BATCH = 8
 
 
@@ -61,7 +61,8 @@ def measure(config: str, checkpoint: str, annotations: str, images: str,
             all_images: bool) -> Tuple[Dict, List[Dict]]:
     """Counts, memory and predictions of one trained model."""
     cfg = Config.fromfile(config)
-    model = build(cfg.model, checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):  # notes of imports
+        model = build(cfg.model, checkpoint)
     counts = mmpeft.count_params(model)
     found = predict(
         model,
@@ -114,52 +115,84 @@ def write_table(results: List[Dict], caption: str, out: Path,
     out.write_text(f'{text}\n\n{caption}\n')
 
 
-def draw(truth: List[Dict], columns: List[Tuple[str, List[Dict]]],
-         files: List[Path], classes: List[str], out: Path) -> None:
-    """Predictions beside the ground truth, one column per method."""
-    import cv2
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
+def difference(first: List[Dict], second: List[Dict]) -> Dict:
+    """Largest differences between two sets of predictions.
 
-    columns = [('Ground truth', truth), *columns]
-    figure, axes = plt.subplots(
-        len(files),
-        len(columns),
-        figsize=(2.4 * len(columns), 2.4 * len(files) + .9),
-        squeeze=False)
-    for row, file in zip(range(len(files)), files):
-        image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
-        for axis, (title, found) in zip(axes[row], columns):
-            axis.set_axis_off()
-            # Grey, so that the colours of the classes stand out.
-            shown = np.repeat(image.mean(2, keepdims=True), 3, 2) / 255
-            shown = .35 + .6 * shown
-            objects = found[row]
-            for mask, label, score in zip(objects['masks'], objects['labels'],
-                                          objects['scores']):
-                if score >= SCORE:
-                    mask = np.asarray(mask, bool)
-                    colour = np.array(to_rgb(COLOURS[label]))
-                    shown[mask] = .25 * shown[mask] + .75 * colour
-            axis.imshow(shown, interpolation='nearest')
-            for mask, label, score in zip(objects['masks'], objects['labels'],
-                                          objects['scores']):
-                if score >= SCORE and np.any(mask):
-                    axis.contour(mask, [.5], colors='black', linewidths=.9)
-            if row == 0:
-                axis.set_title(title, fontsize=11)
-    figure.legend(
-        handles=[
-            Patch(facecolor=c, edgecolor='black', label=name)
-            for c, name in zip(COLOURS, classes)
-        ],
-        loc='lower center',
-        ncol=len(classes),
-        frameon=False,
-        fontsize=11)
-    figure.tight_layout(rect=(0, .45 / figure.get_figheight(), 1, 1), pad=.4)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    ``other_objects`` counts images whose lists of labels differ; rounding can
+    do that to a detection at the threshold of score or overlap.
+    """
+    found = dict(
+        images=len(first),
+        other_objects=0,
+        boxes=0.,
+        scores=0.,
+        mask_pixels=0)
+    for a, b in zip(first, second):
+        if a['labels'].tolist() != b['labels'].tolist():
+            found['other_objects'] += 1
+        elif len(a['labels']):
+            for name in ('boxes', 'scores'):
+                found[name] = max(found[name],
+                                  float(np.abs(a[name] - b[name]).max()))
+            found['mask_pixels'] += int((a['masks'] != b['masks']).sum())
+    return found
+
+
+def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
+           configs: Dict[str, str], data: str, source: Dict,
+           merged: Optional[Dict], began: float, console: Console) -> None:
+    """Measures the trained models; writes table, picture and JSON.
+
+    Args:
+        args (Namespace): Of ``demo.py``.
+        runs (dict): Results of the trainings by method, one per seed.
+        names (dict): What a method is called.
+        configs (dict): Config by method.
+        data (str): Folder of the embedded data.
+        source (dict): Result of the source training.
+        merged (dict, optional): Predictions and scores of the merged LoRA.
+        began (float): When the demo was started, seconds.
+        console (Console): Where the table goes.
+    """
+    annotations, images = f'{data}/target_val.json', f'{data}/images/target_val'
+    results, columns, check = [], [], None
+    for method, own_runs in runs.items():
+        row, found = measure(configs[method], own_runs[0]['checkpoint'],
+                             annotations, images, method == 'lora')
+        results.append(dict(name=names[method], runs=own_runs, **row))
+        columns.append((f'{names[method]}, mask mAP '
+                        f'{100 * own_runs[0]["segm"]:.1f}', found[:ROWS]))
+        if method == 'lora' and merged:
+            check = dict(
+                difference(found, merged['results']), **merged['scores'])
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    heads = results[0]['model_trainable'] - results[0]['backbone_trainable']
+    caption = (f'Seeds {seeds}; {args.jobs} run(s) at a time, one core each. '
+               'Kept for backward: storages that autograd keeps for a batch of '
+               f'{MEMORY_BATCH}, whole detector. Neck and heads ({heads:,} '
+               'parameters) start fresh and train in every row.')
+    if args.fast:
+        caption = f'A smoke test (--fast), meaningless numbers. {caption}'
+    write_table(results, caption, args.work_dir / 'table.md', console)
+    if check:
+        console.print(
+            '  LoRA merged, in the stock model without mmpeft: box mAP '
+            f'{100 * check["bbox"]:.1f}, mask mAP {100 * check["segm"]:.1f}. '
+            f'The {check["images"]} images give the same objects as unmerged, '
+            f'but for {check["other_objects"]} images; scores differ by at '
+            f'most {check["scores"]:.1e}, boxes by {check["boxes"]:.1e} '
+            f'pixels, masks in {check["mask_pixels"]} pixels.')
+    truth, classes = ground_truth(annotations, ROWS)
+    draw(truth, columns, image_files(annotations, images, ROWS), classes,
+         args.work_dir / 'predictions.png')
+    facts = dict(
+        source=source,
+        seeds=seeds,
+        fast=args.fast,
+        torch=torch.__version__,
+        mmpeft=mmpeft.__version__,
+        target=results,
+        merged_lora=check)
+    (args.work_dir / 'results.json').write_text(json.dumps(facts, indent=2))
+    console.print('  table.md, results.json and predictions.png are in '
+                  f'{args.work_dir}; {(time.time() - began) / 60:.1f} minutes.')

@@ -52,7 +52,11 @@ val_dataloader = dict(
         pipeline=test_pipeline,
         **source))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'source_val.json')
+val_evaluator = dict(
+    type='mmpeft.datasets.ShapesMetric',
+    stock='mmdet.CocoMetric',
+    data_root=data_root,
+    ann_file='source_val.json')
 test_evaluator = val_evaluator
 
 channels = 64
@@ -88,7 +92,7 @@ model = dict(
         rpn=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(max_per_img=30)))
 
-max_epochs = 12
+max_epochs = 10
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [

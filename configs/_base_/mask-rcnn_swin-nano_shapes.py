@@ -18,7 +18,7 @@ val_dataloader = dict(
         data_prefix=dict(img='images/target_val/'),
         metainfo=metainfo))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'target_val.json')
+val_evaluator = dict(ann_file='target_val.json')
 test_evaluator = val_evaluator
 
 model = dict(

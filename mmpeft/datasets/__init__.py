@@ -1,3 +1,3 @@
-from .shapes import ShapesDataset, ensure_shapes
+from .shapes import ShapesDataset, ShapesMetric, ensure_shapes
 
-__all__ = ['ShapesDataset', 'ensure_shapes']
+__all__ = ['ShapesDataset', 'ShapesMetric', 'ensure_shapes']

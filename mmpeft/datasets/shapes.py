@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Union
 
 import cv2
 import numpy as np
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, METRICS
 
 from .shapes_drawing import DOMAINS, IMAGE_SIZE, draw_scene
 
@@ -146,3 +146,19 @@ def ShapesDataset(stock: str, data_root: str, **kwargs) -> Any:
     """
     ensure_shapes(data_root)
     return DATASETS.build(dict(type=stock, data_root=data_root, **kwargs))
+
+
+def ShapesMetric(stock: str, data_root: str, ann_file: str,
+                 **kwargs) -> Any:
+    """Builds a stock metric whose annotations are generated if absent.
+
+    A metric may be built, and looked at before a run, before any dataset.
+
+    Args:
+        stock (str): Scoped name of the metric, such as ``'mmdet.CocoMetric'``.
+        data_root (str): Passed to :func:`ensure_shapes`.
+        ann_file (str): Below ``data_root``.
+        **kwargs: The other arguments of ``stock``.
+    """
+    ann_file = str(ensure_shapes(data_root) / ann_file)
+    return METRICS.build(dict(type=stock, ann_file=ann_file, **kwargs))

@@ -1,0 +1,83 @@
+"""The demo's picture: predictions beside the ground truth."""
+import contextlib
+import io
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Okabe and Ito's colours, told apart by everybody.
+COLOURS = ('#E69F00', '#56B4E9', '#F0E442', '#CC79A7', '#009E73')
+ROWS = 4
+SCORE = 0.3
+
+
+def ground_truth(annotations: str, count: int) -> Tuple[List[Dict], List]:
+    """Objects of the first images as predictions, and the classes."""
+    from pycocotools.coco import COCO
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(annotations)
+    truth = []
+    for image_id in sorted(coco.imgs)[:count]:
+        objects = coco.imgToAnns[image_id]
+        truth.append(
+            dict(
+                masks=[coco.annToMask(o) for o in objects],
+                labels=[o['category_id'] - 1 for o in objects],
+                scores=[1.] * len(objects)))
+    return truth, [coco.cats[i]['name'] for i in sorted(coco.cats)]
+
+
+def draw(truth: List[Dict], columns: List[Tuple[str, List[Dict]]],
+         files: List[Path], classes: List[str], out: Path) -> None:
+    """Predictions beside the ground truth, one column per method."""
+    columns = [('Ground truth', truth), *columns]
+    width, height = len(columns) + 1, len(files)
+    figure, axes = plt.subplots(
+        height,
+        width,
+        figsize=(2.4 * width, 2.4 * height + .9),
+        squeeze=False)
+    axes[0][0].set_title('Image', fontsize=12)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, file in enumerate(files):
+        image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        axes[row][0].imshow(image, interpolation='nearest')
+        for axis, (title, found) in zip(axes[row][1:], columns):
+            # Grey, so that the colours of the classes stand out.
+            shown = np.repeat(image.mean(2, keepdims=True), 3, 2) / 255
+            shown = .35 + .6 * shown
+            objects = found[row]
+            for mask, label, score in zip(objects['masks'], objects['labels'],
+                                          objects['scores']):
+                if score >= SCORE:
+                    mask = np.asarray(mask, bool)
+                    colour = np.array(to_rgb(COLOURS[label]))
+                    shown[mask] = .25 * shown[mask] + .75 * colour
+            axis.imshow(shown, interpolation='nearest')
+            for mask, label, score in zip(objects['masks'], objects['labels'],
+                                          objects['scores']):
+                if score >= SCORE and np.any(mask):
+                    axis.contour(mask, [.5], colors='black', linewidths=.9)
+            if row == 0:
+                axis.set_title(title, fontsize=12)
+    figure.legend(
+        handles=[
+            Patch(facecolor=c, edgecolor='black', label=name)
+            for c, name in zip(COLOURS, classes)
+        ],
+        loc='lower center',
+        ncol=len(classes),
+        frameon=False,
+        fontsize=12)
+    figure.tight_layout(rect=(0, .45 / figure.get_figheight(), 1, 1), pad=.4)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
