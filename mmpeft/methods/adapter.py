@@ -7,7 +7,7 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_rate, check_width
+from .base import PEFTModule, check_positive, check_rate, check_width
 
 __all__ = ['Adapter']
 
@@ -36,12 +36,12 @@ class Adapter(PEFTModule):
         drop_rate (float): Dropout probability after GELU, in [0, 1).
             Defaults to 0.
         init_std (float): Standard deviation of the truncated normal that
-            both matrices start from; 0 for the up-projection only is not
-            offered, as its down-projection would then get no gradient at
-            first. Defaults to 1e-3.
+            both matrices start from, above 0: with a zero up-projection the
+            down-projection would get no gradient at first. Defaults to 1e-3.
 
     Raises:
-        PEFTError: If ``dim`` exceeds the width, or for an unknown placement.
+        PEFTError: If ``dim`` exceeds the width, for an unknown placement, or
+            an ``init_std`` that is not above 0.
     """
 
     sites = PLACEMENTS['houlsby']
@@ -54,7 +54,7 @@ class Adapter(PEFTModule):
                  init_std: float = 1e-3) -> None:
         super().__init__(site)
         check_width('Adapter', 'dim', dim, site.embed_dims)
-        self.init_std = init_std
+        self.init_std = check_positive('Adapter', 'init_std', init_std)
         self.down = nn.Linear(site.embed_dims, dim)
         self.dropout = nn.Dropout(check_rate('Adapter', 'drop_rate',
                                              drop_rate))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_rate, check_width
+from .base import PEFTModule, check_positive, check_rate, check_width
 
 __all__ = ['AdaptFormer']
 
@@ -43,7 +43,8 @@ class AdaptFormer(PEFTModule):
             Kaiming-uniform down and zero up. Defaults to None.
 
     Raises:
-        PEFTError: If ``dim`` exceeds the width, or for an unknown ``act``.
+        PEFTError: If ``dim`` exceeds the width, for an unknown ``act``, or a
+            ``scale`` or ``init_std`` that is not above 0.
     """
 
     key = 'adaptformer'
@@ -63,9 +64,11 @@ class AdaptFormer(PEFTModule):
         if act not in ACTIVATIONS:
             raise PEFTError(f'AdaptFormer: unknown act {act!r}; use one of '
                             f'{", ".join(ACTIVATIONS)}.')
-        self.scale = scale
+        self.scale = check_positive('AdaptFormer', 'scale', scale)
         self.act = act
         self.init_std = init_std
+        if init_std is not None:
+            check_positive('AdaptFormer', 'init_std', init_std)
         self.norm = nn.LayerNorm(site.embed_dims) if norm else nn.Identity()
         self.down = nn.Linear(site.embed_dims, dim)
         self.dropout = nn.Dropout(

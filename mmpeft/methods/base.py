@@ -1,4 +1,5 @@
 """The two kinds of method: modules that are attached, and selections."""
+import math
 from typing import Dict, Iterator, Optional, Sequence, Tuple
 
 import torch.nn as nn
@@ -7,7 +8,10 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..sites import Site, TokenLayout
 
-__all__ = ['Method', 'PEFTModule', 'Selector', 'check_rate', 'check_width']
+__all__ = [
+    'Method', 'PEFTModule', 'Selector', 'check_positive', 'check_rate',
+    'check_width'
+]
 
 
 class Method:
@@ -114,6 +118,15 @@ def check_width(owner: str, name: str, value: int, limit: int) -> int:
                         f'{limit} of the layer it is attached to; use at most '
                         f'{limit}, or `overrides` for the narrow stages.')
     return value
+
+
+def check_positive(owner: str, name: str, value: float) -> float:
+    """Refuse a factor or deviation that is not a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(
+            value, (int, float)) or not 0 < value < math.inf:
+        raise PEFTError(f'{owner}: {name} must be a number above 0, but got '
+                        f'{value!r}.')
+    return float(value)
 
 
 def check_rate(owner: str, name: str, value: float) -> float:

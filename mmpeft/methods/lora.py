@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_rate, check_width
+from .base import PEFTModule, check_positive, check_rate, check_width
 
 __all__ = ['LoRA']
 
@@ -45,7 +45,8 @@ class LoRA(PEFTModule):
             Defaults to 0.
 
     Raises:
-        PEFTError: For an unknown target or a rank outside [1, width].
+        PEFTError: For an unknown target, a rank outside [1, width] or an
+            ``alpha`` that is not above 0.
     """
 
     key = 'lora'
@@ -64,7 +65,8 @@ class LoRA(PEFTModule):
             self.rows = [site.rows[t] for t in QKV_PARTS if t in targets]
         width = min(site.in_dims, self.rows[0][1] - self.rows[0][0])
         self.rank = check_width('LoRA', 'rank', rank, width)
-        alpha = rank if alpha is None else alpha
+        alpha = rank if alpha is None else check_positive(
+            'LoRA', 'alpha', alpha)
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         # Bare parameters: initialisation by layer type never meets them.
         self.lora_A = nn.Parameter(
@@ -76,8 +78,8 @@ class LoRA(PEFTModule):
 
     @classmethod
     def sites_for(cls, targets: Sequence[str] = ('q', 'v'), **kwargs):
-        unknown = [t for t in targets if t not in TARGETS]
-        if unknown or not targets or isinstance(targets, str):
+        if not (isinstance(targets, (list, tuple)) and targets
+                and all(t in TARGETS for t in targets)):
             raise PEFTError(f'LoRA: targets={targets!r} must be a list of at '
                             f'least one of {", ".join(TARGETS)}.')
         sites = ['qkv' if t in QKV_PARTS else t for t in targets]
