@@ -14,7 +14,7 @@ default_scope = 'mmseg'
 data_root = 'data/real/camvid_240x180'
 checkpoint = 'data/real/swin_nano_tiny-imagenet-100.pth'
 norm_cfg = dict(type='BN', requires_grad=True)
-max_iters = 300
+max_iters = 240
 channels = 32
 
 model = dict(
@@ -94,13 +94,13 @@ optim_wrapper = dict(
             'norm': dict(decay_mult=0.)
         }))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=24),
     dict(
         type='PolyLR',
         power=1.0,
         eta_min=0.0,
         by_epoch=False,
-        begin=30,
+        begin=24,
         end=max_iters)
 ]
 train_cfg = dict(
