@@ -111,8 +111,12 @@ def test_scores_and_times_are_collected(steps, tmp_path):
     folder = tmp_path / '20260101_000000' / 'vis_data'
     folder.mkdir(parents=True)
     records = [
-        dict(loss=1., time=9.), dict(loss=1., time=.5), dict(loss=1., time=.4),
-        {'coco/bbox_mAP': .25, 'coco/segm_mAP': .5}
+        dict(loss=1., time=9.),
+        dict(loss=1., time=.5),
+        dict(loss=1., time=.4), {
+            'coco/bbox_mAP': .25,
+            'coco/segm_mAP': .5
+        }
     ]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)))
     (tmp_path / 'last_checkpoint').write_text('epoch_4.pth\n')
@@ -129,11 +133,12 @@ def test_rows_hold_mean_and_spread(steps):
         runs=[run, dict(run, segm=.4)],
         backbone_trainable=50,
         backbone_total=1000,
+        step_cpu_seconds=.5,
         saved_bytes=3 * 2**20)
     header, (cells, ) = table_rows([row])
     assert len(header) == len(cells)
     assert cells == [
-        'Mona', '50', '5.0', '20.0 ± 0.0', '35.0 ± 7.1', '0.50 ± 0.00', '3 MiB'
+        'Mona', '50', '5.0', '20.0 ± 0.0', '35.0 ± 7.1', '0.50', '3 MiB'
     ]
 
 

@@ -21,9 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import demo_steps  # noqa: E402
 import torch  # noqa: E402
-from demo_steps import (Step, StepError, collect_training,  # noqa: E402
-                        run_steps, training)
 from mmengine.config import Config  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -44,9 +43,7 @@ NAMES = dict(
     lora='LoRA',
     mona='Mona')
 # --fast: a smoke test of all steps, its numbers mean nothing.
-FAST = [
-    f'train_cfg.{key}=1' for key in ('max_epochs', 'val_interval')
-] + [
+FAST = [f'train_cfg.{key}=1' for key in ('max_epochs', 'val_interval')] + [
     'default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1',
     'train_dataloader.dataset.indices=16', 'val_dataloader.dataset.indices=8'
 ]
@@ -65,12 +62,11 @@ def parse_args():
         metavar='METHOD',
         help=f'any of {", ".join(NAMES)}')
     parser.add_argument('--seed', type=int, default=0, help='the first seed')
-    parser.add_argument(
-        '--seeds', type=int, default=1, help='runs per method')
+    parser.add_argument('--seeds', type=int, default=1, help='runs per method')
     parser.add_argument(
         '--jobs',
         type=int,
-        default=min(2, os.cpu_count() or 1),
+        default=2 if (os.cpu_count() or 1) > 1 else 1,
         help='runs at the same time, one core each')
     parser.add_argument(
         '--fresh', action='store_true', help='keep nothing of earlier runs')
@@ -86,6 +82,7 @@ def key_of(*parts) -> str:
 
 
 def config_text(config: str) -> str:
+    """A config with all that it inherits."""
     return Config.fromfile(config).pretty_text
 
 
@@ -100,11 +97,10 @@ def pretrain(args, options, console) -> tuple:
     if not (cached / 'scores.json').is_file():
         options = ['randomness.seed=0', *options]
         folder = args.work_dir / 'source'
-        epochs = 1 if args.fast else Config.fromfile(
-            SOURCE).max_epochs
-        step = Step('source', training(SOURCE, folder, *options), folder, key,
-                    collect_training, epochs)
-        scores = run_steps([step], 1, console)[0]
+        epochs = 1 if args.fast else Config.fromfile(SOURCE).max_epochs
+        step = demo_steps.train_step('source', SOURCE, folder, key, options,
+                                     epochs)
+        scores = demo_steps.run_steps([step], 1, console)[0]
         checkpoint = torch.load(
             scores['checkpoint'], map_location='cpu', weights_only=False)
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -135,17 +131,15 @@ def adapt(args, options, source, source_key, console) -> dict:
             config = TARGET.format(method)
             mine = [f'randomness.seed={seed}', *options]
             folder = args.work_dir / f'{method}_seed{seed}'
-            epochs = 1 if args.fast else Config.fromfile(
-                config).max_epochs
+            epochs = 1 if args.fast else Config.fromfile(config).max_epochs
+            key = key_of(config_text(config), source_key, mine)
             steps.append(
-                Step(f'{NAMES[method]}, seed {seed}',
-                     training(config, folder, *mine), folder,
-                     key_of(config_text(config), source_key, mine),
-                     collect_training, epochs))
+                demo_steps.train_step(f'{NAMES[method]}, seed {seed}', config,
+                                      folder, key, mine, epochs))
     if args.fresh:
         for step in steps:
             shutil.rmtree(step.folder, ignore_errors=True)
-    results = run_steps(steps, args.jobs, console)
+    results = demo_steps.run_steps(steps, args.jobs, console)
     return {
         method: results[i::len(args.methods)]
         for i, method in enumerate(args.methods)
@@ -164,7 +158,7 @@ def merge(args, checkpoint, console) -> dict:
     stock = args.work_dir / 'stock.py'
     Config(dict(model=model)).dump(str(stock))
     out = args.work_dir / 'merged_predictions.pkl'
-    key = key_of(checkpoint, time.time())
+    key = key_of(checkpoint, Path(checkpoint).stat().st_mtime_ns)
     commands = dict(
         merge=['tools/merge_peft.py', config, checkpoint, merged, '--force'],
         check=[
@@ -172,9 +166,10 @@ def merge(args, checkpoint, console) -> dict:
             f'{DATA}/images/target_val', out
         ])
     for name, command in commands.items():
-        step = Step(f'LoRA: {name}', [sys.executable, *map(str, command)],
-                    args.work_dir / name, key, lambda folder: {})
-        run_steps([step], 1, console)
+        step = demo_steps.Step(f'LoRA: {name}',
+                               [sys.executable, *map(str, command)],
+                               args.work_dir / name, key, lambda folder: {})
+        demo_steps.run_steps([step], 1, console)
     with out.open('rb') as file:
         return pickle.load(file)
 
@@ -206,7 +201,7 @@ def main():
         configs = {method: TARGET.format(method) for method in runs}
         report(args, runs, NAMES, configs, DATA, scores, merged, began,
                console)
-    except StepError as error:
+    except demo_steps.StepError as error:
         console.print(str(error), style='red', markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

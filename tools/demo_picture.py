@@ -41,10 +41,7 @@ def draw(truth: List[Dict], columns: List[Tuple[str, List[Dict]]],
     columns = [('Ground truth', truth), *columns]
     width, height = len(columns) + 1, len(files)
     figure, axes = plt.subplots(
-        height,
-        width,
-        figsize=(2.4 * width, 2.4 * height + .9),
-        squeeze=False)
+        height, width, figsize=(2.4 * width, 2.4 * height + .9), squeeze=False)
     axes[0][0].set_title('Image', fontsize=12)
     for axis in axes.flat:
         axis.set_axis_off()

@@ -79,9 +79,10 @@ def coco_map(results: List[Dict], annotations: str) -> Dict[str, float]:
         if detections:
             # Without a box, COCO sorts masks by their own size.
             dropped = 'segmentation' if metric == 'bbox' else 'bbox'
-            copies = [{k: v
-                       for k, v in d.items() if k != dropped}
-                      for d in detections]
+            copies = [{
+                k: v
+                for k, v in d.items() if k != dropped
+            } for d in detections]
             evaluation = COCOeval(truth, truth.loadRes(copies), metric)
             evaluation.evaluate()
             evaluation.accumulate()

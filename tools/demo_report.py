@@ -6,72 +6,47 @@ import statistics
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from demo_measure import BATCH_SIZE, fixed_batch, saved_bytes, step_seconds
 from demo_picture import ROWS, draw, ground_truth
 from demo_predict import build, image_files, predict
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
 import mmpeft
 
-MEMORY_BATCH = 8
 
+def measure(configs: Sequence[str], checkpoints: Sequence[str],
+            files: Sequence[Path],
+            pictured: int) -> Tuple[List[Dict], List[List[Dict]]]:
+    """Counts, memory, time and predictions of trained models.
 
-def saved_bytes(model: torch.nn.Module, cfg: Config) -> int:
-    """Bytes that one training forward keeps for the backward.
-
-    Every storage autograd saves for a fixed batch, counted once; parameters
-    and buffers are not counted. The same number on every machine.
+    LoRA predicts all ``files``, to be compared with its merged form; the
+    others those that are ``pictured``.
     """
-    from mmengine.dataset import pseudo_collate
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    batch = pseudo_collate([dataset[i] for i in range(MEMORY_BATCH)])
-    model.train()
-    batch = model.data_preprocessor(batch, True)
-    own = {
-        t.untyped_storage().data_ptr()
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    saved: Dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        # Kept alive, so that no address is used twice.
-        losses = model(**batch, mode='loss')
-        total = sum(saved.values())
-    del losses
-    model.eval()
-    return total
-
-
-def measure(config: str, checkpoint: str, annotations: str, images: str,
-            all_images: bool) -> Tuple[Dict, List[Dict]]:
-    """Counts, memory and predictions of one trained model."""
-    cfg = Config.fromfile(config)
+    cfgs = [Config.fromfile(config) for config in configs]
     with contextlib.redirect_stdout(io.StringIO()):  # notes of imports
-        model = build(cfg.model, checkpoint)
-    counts = mmpeft.count_params(model)
-    found = predict(
-        model,
-        image_files(annotations, images, None if all_images else ROWS))
-    return dict(
-        backbone_trainable=counts['backbone_trainable'],
-        backbone_total=counts['backbone_total'],
-        model_trainable=counts['model_trainable'],
-        saved_bytes=saved_bytes(model, cfg)), found
+        models = [build(cfg.model, c) for cfg, c in zip(cfgs, checkpoints)]
+    found = [
+        predict(model, files if 'lora' in config else files[:pictured])
+        for model, config in zip(models, configs)
+    ]
+    batches = [fixed_batch(cfg, model) for cfg, model in zip(cfgs, models)]
+    rows = []
+    for model, batch in zip(models, batches):
+        counts = mmpeft.count_params(model)
+        names = ('backbone_trainable', 'backbone_total', 'model_trainable')
+        rows.append(
+            dict({name: counts[name]
+                  for name in names},
+                 saved_bytes=saved_bytes(model, batch)))
+    for row, seconds in zip(rows, step_seconds(models, batches)):
+        row['step_cpu_seconds'] = seconds
+    return rows, found
 
 
 def _spread(values: List[float], digits: int) -> str:
@@ -85,7 +60,7 @@ def table_rows(results: List[Dict]) -> Tuple[List[str], List[List[str]]]:
     """Header and cells, one row per method."""
     header = [
         'Method', 'Trains in backbone', '%', 'Box mAP', 'Mask mAP',
-        's / step', 'Kept for backward'
+        'CPU s / step', 'Kept for backward'
     ]
     rows = []
     for r in results:
@@ -93,8 +68,8 @@ def table_rows(results: List[Dict]) -> Tuple[List[str], List[List[str]]]:
         rows.append([
             r['name'], f'{r["backbone_trainable"]:,}', f'{share:.1f}',
             _spread([100 * s['bbox'] for s in r['runs']], 1),
-            _spread([100 * s['segm'] for s in r['runs']], 1),
-            _spread([s['step_seconds'] for s in r['runs']], 2),
+            _spread([100 * s['segm'] for s in r['runs']],
+                    1), f'{r["step_cpu_seconds"]:.2f}',
             f'{r["saved_bytes"] / 2**20:.0f} MiB'
         ])
     return header, rows
@@ -122,11 +97,7 @@ def difference(first: List[Dict], second: List[Dict]) -> Dict:
     do that to a detection at the threshold of score or overlap.
     """
     found = dict(
-        images=len(first),
-        other_objects=0,
-        boxes=0.,
-        scores=0.,
-        mask_pixels=0)
+        images=len(first), other_objects=0, boxes=0., scores=0., mask_pixels=0)
     for a, b in zip(first, second):
         if a['labels'].tolist() != b['labels'].tolist():
             found['other_objects'] += 1
@@ -154,23 +125,24 @@ def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
         began (float): When the demo was started, seconds.
         console (Console): Where the table goes.
     """
-    annotations, images = f'{data}/target_val.json', f'{data}/images/target_val'
+    annotations = f'{data}/target_val.json'
+    files = image_files(annotations, f'{data}/images/target_val')
+    checkpoints = [own[0]['checkpoint'] for own in runs.values()]
+    rows, found = measure([configs[m] for m in runs], checkpoints, files, ROWS)
     results, columns, check = [], [], None
-    for method, own_runs in runs.items():
-        row, found = measure(configs[method], own_runs[0]['checkpoint'],
-                             annotations, images, method == 'lora')
-        results.append(dict(name=names[method], runs=own_runs, **row))
+    for method, row, its in zip(runs, rows, found):
+        results.append(dict(name=names[method], runs=runs[method], **row))
         columns.append((f'{names[method]}, mask mAP '
-                        f'{100 * own_runs[0]["segm"]:.1f}', found[:ROWS]))
+                        f'{100 * runs[method][0]["segm"]:.1f}', its[:ROWS]))
         if method == 'lora' and merged:
             check = dict(
-                difference(found, merged['results']), **merged['scores'])
+                difference(its, merged['results']), **merged['scores'])
     seeds = list(range(args.seed, args.seed + args.seeds))
     heads = results[0]['model_trainable'] - results[0]['backbone_trainable']
-    caption = (f'Seeds {seeds}; {args.jobs} run(s) at a time, one core each. '
-               'Kept for backward: storages that autograd keeps for a batch of '
-               f'{MEMORY_BATCH}, whole detector. Neck and heads ({heads:,} '
-               'parameters) start fresh and train in every row.')
+    caption = (f'Seeds {seeds}, target validation. Neck and heads ({heads:,} '
+               'parameters) start fresh and train in every row. CPU s / step '
+               'and kept for backward: a step on one core, and what autograd '
+               f'saves for it, batch {BATCH_SIZE}, whole detector.')
     if args.fast:
         caption = f'A smoke test (--fast), meaningless numbers. {caption}'
     write_table(results, caption, args.work_dir / 'table.md', console)
@@ -183,7 +155,7 @@ def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
             f'most {check["scores"]:.1e}, boxes by {check["boxes"]:.1e} '
             f'pixels, masks in {check["mask_pixels"]} pixels.')
     truth, classes = ground_truth(annotations, ROWS)
-    draw(truth, columns, image_files(annotations, images, ROWS), classes,
+    draw(truth, columns, files[:ROWS], classes,
          args.work_dir / 'predictions.png')
     facts = dict(
         source=source,
@@ -194,5 +166,6 @@ def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
         target=results,
         merged_lora=check)
     (args.work_dir / 'results.json').write_text(json.dumps(facts, indent=2))
-    console.print('  table.md, results.json and predictions.png are in '
-                  f'{args.work_dir}; {(time.time() - began) / 60:.1f} minutes.')
+    console.print(
+        '  table.md, results.json and predictions.png are in '
+        f'{args.work_dir}; {(time.time() - began) / 60:.1f} minutes.')

@@ -58,6 +58,7 @@ class Step:
         return done['result'] if done['key'] == self.key else None
 
     def start(self) -> None:
+        """Starts the command in an empty folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         # One thread each: threads that wait for each other in a busy loop
@@ -69,6 +70,7 @@ class Step:
                 self.command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
     def finish(self) -> Dict:
+        """Keeps the result of an ended command, or raises StepError."""
         if self.process.returncode:
             lines = self.log.read_text(errors='replace').splitlines()
             raise StepError('\n'.join([
@@ -89,8 +91,8 @@ class Step:
             return 0, None, 'starting' if self.epochs else 'running'
         epoch, iteration, length = map(int, found[-1])
         done, total = (epoch - 1) * length + iteration, self.epochs * length
-        last = max(VALIDATING.finditer(text), key=lambda m: m.start(),
-                   default=None)
+        last = max(
+            VALIDATING.finditer(text), key=lambda m: m.start(), default=None)
         done_training = done >= total or last
         return done, total, 'validating' if done_training else 'training'
 
@@ -120,7 +122,8 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
         TextColumn('{task.fields[note]}'),
         console=console)
     tasks = {
-        id(step): bars.add_task(
+        id(step):
+        bars.add_task(
             step.title, total=None, start=False, iterations='', note='waiting')
         for step in waiting
     }
@@ -161,14 +164,6 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
     return [step.result() for step in steps]
 
 
-def training(config: str, folder: Path, *options: str) -> List[str]:
-    """The ordinary command that trains ``config``."""
-    return [
-        sys.executable, 'tools/train.py', config, '--work-dir',
-        str(folder), '--cfg-options', *options
-    ]
-
-
 def collect_training(folder: Path) -> Dict:
     """mAP of the last validation and the time of an iteration."""
     newest = max(folder.glob('*/vis_data/scalars.json'))
@@ -182,3 +177,13 @@ def collect_training(folder: Path) -> Dict:
         segm=scores['coco/segm_mAP'],
         step_seconds=times[len(times) // 2],
         checkpoint=checkpoint)
+
+
+def train_step(title: str, config: str, folder: Path, key: str,
+               options: List[str], epochs: int) -> Step:
+    """The ordinary command that trains ``config``, as a step."""
+    command = [
+        sys.executable, 'tools/train.py', config, '--work-dir',
+        str(folder), '--cfg-options', *options
+    ]
+    return Step(title, command, folder, key, collect_training, epochs)

@@ -14,8 +14,9 @@ train_pipeline = [
     dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='mmdet.Resize', scale=(128, 128), keep_ratio=True),
     dict(
-        type='mmdet.RandomFlip', prob=0.5, direction=['horizontal',
-                                                      'vertical']),
+        type='mmdet.RandomFlip',
+        prob=0.5,
+        direction=['horizontal', 'vertical']),
     dict(type='mmdet.PackDetInputs')
 ]
 test_pipeline = [
@@ -89,8 +90,7 @@ model = dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(
-        rpn=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(max_per_img=30)))
+        rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=30)))
 
 max_epochs = 10
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)

@@ -29,7 +29,8 @@ model = dict(
             _delete_=True,  # of None: the source starts from scratch
             type='Pretrained',
             checkpoint=data_root + 'swin-nano_source.pth')),
-    roi_head=dict(bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))
+    roi_head=dict(
+        bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))
 
 max_epochs = 16
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)

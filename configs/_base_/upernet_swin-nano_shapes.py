@@ -36,7 +36,8 @@ train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         data_prefix=dict(
-            img_path='images/target_train', seg_map_path='labels/target_train'),
+            img_path='images/target_train',
+            seg_map_path='labels/target_train'),
         pipeline=train_pipeline,
         **target))
 val_dataloader = dict(
@@ -81,8 +82,7 @@ param_scheduler = [
         by_epoch=False,
         begin=0,
         end=50),
-    dict(
-        type='mmengine.CosineAnnealingLR', T_max=max_iters, by_epoch=False)
+    dict(type='mmengine.CosineAnnealingLR', T_max=max_iters, by_epoch=False)
 ]
 default_hooks = dict(
     logger=dict(interval=10),

@@ -73,10 +73,7 @@ def _write_split(folder: Path, split: str, count: int) -> str:
         name = f'{index:04d}.png'
         coco['images'].append(
             dict(
-                id=index,
-                file_name=name,
-                height=IMAGE_SIZE,
-                width=IMAGE_SIZE))
+                id=index, file_name=name, height=IMAGE_SIZE, width=IMAGE_SIZE))
         for kind, array in (('images', image), ('labels', labels)):
             digest.update(array.tobytes())
             if not cv2.imwrite(str(folder / kind / split / name), array):
@@ -148,8 +145,7 @@ def ShapesDataset(stock: str, data_root: str, **kwargs) -> Any:
     return DATASETS.build(dict(type=stock, data_root=data_root, **kwargs))
 
 
-def ShapesMetric(stock: str, data_root: str, ann_file: str,
-                 **kwargs) -> Any:
+def ShapesMetric(stock: str, data_root: str, ann_file: str, **kwargs) -> Any:
     """Builds a stock metric whose annotations are generated if absent.
 
     A metric may be built, and looked at before a run, before any dataset.

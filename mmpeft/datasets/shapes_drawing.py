@@ -93,11 +93,11 @@ _SHAPES = dict(
     triangle=lambda u, v: _polygon(_regular(3), u, v),
     bar=lambda u, v: (abs(u) <= .95) & (abs(v) <= .3),
     ring=lambda u, v: (u * u + v * v <= 1) & (u * u + v * v >= .3),
-    cross=lambda u, v: ((abs(u) <= .3) & (abs(v) <= .95)) |
-    ((abs(v) <= .3) & (abs(u) <= .95)),
+    cross=lambda u, v:
+    ((abs(u) <= .3) & (abs(v) <= .95)) | ((abs(v) <= .3) & (abs(u) <= .95)),
     star=lambda u, v: _polygon(_regular(5, .42), u, v),
-    crescent=lambda u, v: (u * u + v * v <= 1) & ((u - .5) * (u - .5) + v * v
-                                                  >= .64),
+    crescent=lambda u, v: (u * u + v * v <= 1) & ((u - .5) *
+                                                  (u - .5) + v * v >= .64),
     arrow=lambda u, v: _polygon(_ARROW, u, v))
 
 
@@ -139,9 +139,9 @@ def _texture(rng: np.random.RandomState, kind: str,
         coarse = rng.random_sample((10, 10))
         i, j = (y // 16).astype(int), (x // 16).astype(int)
         fy, fx = y / 16 - i, x / 16 - j
-        weight = ((1 - fy) * ((1 - fx) * coarse[i, j] + fx * coarse[i, j + 1])
-                  + fy * ((1 - fx) * coarse[i + 1, j] +
-                          fx * coarse[i + 1, j + 1]))
+        weight = ((1 - fy) *
+                  ((1 - fx) * coarse[i, j] + fx * coarse[i, j + 1]) + fy *
+                  ((1 - fx) * coarse[i + 1, j] + fx * coarse[i + 1, j + 1]))
     weight = np.asarray(weight, dtype=np.float64)[..., None]
     return colours[0] * (1 - weight) + colours[1] * weight
 
@@ -171,8 +171,8 @@ def draw_scene(rng: np.random.RandomState,
         for _ in range(20):
             x, y = rng.randint(radius // 2, IMAGE_SIZE - radius // 2, 2)
             # Neighbours may touch and overlap a little, never bury.
-            if all((x - px) * (x - px) + (y - py) * (y - py) >=
-                   (.75 * (radius + pr)) * (.75 * (radius + pr))
+            if all((x - px) * (x - px) + (y - py) *
+                   (y - py) >= (.75 * (radius + pr)) * (.75 * (radius + pr))
                    for px, py, pr in placed):
                 break
         else:

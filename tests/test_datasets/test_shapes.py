@@ -14,10 +14,14 @@ SMALL = dict(source_train=3, source_val=2, target_train=3, target_val=2)
 # Of the sizes above. If these change, the data changed: every table of the
 # demo is void, and VERSION has to go up.
 DIGESTS = dict(
-    source_train='9710b8321f0075ace8e375603e662cef61c4f363ae5a3f186cdca3a154b1e0c6',
-    source_val='9287eb186107c3c37b2fa9606da7b96d0da331486aaabb0ad432bb8ad1453b75',
-    target_train='bec392a36d5652ad8d6388f893dd35a646bb765fb87aadd1315850349d8a440f',
-    target_val='5c256cf1fc06506738da30c8e674d83a7924e5396412c1aea5c2c3122e2e7d38')
+    source_train=
+    '9710b8321f0075ace8e375603e662cef61c4f363ae5a3f186cdca3a154b1e0c6',
+    source_val=
+    '9287eb186107c3c37b2fa9606da7b96d0da331486aaabb0ad432bb8ad1453b75',
+    target_train=
+    'bec392a36d5652ad8d6388f893dd35a646bb765fb87aadd1315850349d8a440f',
+    target_val=
+    '5c256cf1fc06506738da30c8e674d83a7924e5396412c1aea5c2c3122e2e7d38')
 
 
 @pytest.fixture(scope='module')
@@ -64,8 +68,8 @@ def test_annotations_label_maps_and_images_agree(root, split):
         assert (seen == labels).mean() > .99  # slivers are not annotated
 
 
-@pytest.mark.parametrize(
-    'name', [n for d in DOMAINS.values() for n in d.classes])
+@pytest.mark.parametrize('name',
+                         [n for d in DOMAINS.values() for n in d.classes])
 def test_every_shape_fits_its_radius_and_turns(name):
     upright = draw_shape(name, (64, 64), 30, 0.)
     turned = draw_shape(name, (64, 64), 30, np.pi)
