@@ -92,6 +92,10 @@ def prepare_tiny_imagenet(data_root: Path, cache: Path) -> Path:
     # An npz reads a member anew at every access.
     data, offsets, labels, split, wnids = (
         packed[key] for key in ('data', 'offsets', 'labels', 'split', 'wnids'))
+    wnids = [
+        name.decode() if isinstance(name, bytes) else str(name)
+        for name in wnids
+    ]
     temporary = _fresh(final)
     for index, label in enumerate(labels):
         folder = temporary / ('train', 'val')[split[index]] / wnids[label]

@@ -14,12 +14,17 @@ CONFIG = CONFIGS / 'pretrain_swin-nano_tiny-imagenet.py'
 def publish(checkpoint: Path, out: Path) -> None:
     """Backbone and head of a stock checkpoint, without the optimizer.
 
-    ``EMAHook`` saves the averaged weights as ``state_dict``.
+    ``EMAHook`` saves the averaged weights as ``state_dict``. Window indices
+    are left out: every library makes its own.
     """
     import torch
     state = torch.load(checkpoint, map_location='cpu', weights_only=False)
     temporary = out.with_name(out.name + '.part')
-    weights = dict(state['state_dict'])
+    weights = {
+        key: value
+        for key, value in state['state_dict'].items()
+        if not key.endswith('relative_position_index')
+    }
     torch.save(
         dict(state_dict=weights, meta=dict(config=CONFIG.name)), temporary)
     os.replace(temporary, out)

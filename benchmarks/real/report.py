@@ -3,6 +3,7 @@
 import platform
 import shlex
 from statistics import mean, stdev
+from textwrap import fill
 
 from benchmarks.real.cell import ppt
 from benchmarks.real.plan import (METHODS, TASKS, Task, choose_lr,
@@ -29,8 +30,15 @@ def spread(values: list[float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ['---'] * len(head)] + rows
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    """A table with the columns aligned, as mdformat does it."""
+    lines = [head, [''] * len(head), *rows]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines[1] = ['-' * width for width in widths]
+    return '\n'.join(
+        '| ' +
+        ' | '.join(text.ljust(width)
+                   for text, width in zip(line, widths)) + ' |'
+        for line in lines)
 
 
 def _edge(task: Task, lr: float) -> str:
@@ -59,11 +67,10 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
             score = mean(r['final'][task.metric] for r in done)
             row += [
                 f'{trainable / 1e6:.4f}', f'{ppt(score, trainable):.2f}',
-                f"{mean(r['cpu_s_per_step'] for r in done):.3f}",
-                f"{max(r['max_rss_bytes'] for r in done) / 2**30:.2f}"
+                f"{mean(r['cpu_s_per_step'] for r in done):.3f}"
             ]
         else:
-            row += ['not measured'] * 4
+            row += ['not measured'] * 3
         row.append(_edge(task, lr) if lr is not None else 'not measured')
         if task.seeds:
             row.append(', '.join(str(r['seed']) for r in done) or 'none')
@@ -142,7 +149,7 @@ def recipe(task: Task) -> str:
 
 def task_section(task: Task, results: dict[str, dict]) -> str:
     head = ['Method', *COLUMNS[task.name], 'Trainable in backbone (M)', 'PPT']
-    head += ['CPU s/step', 'Max RSS (GiB)', 'Learning rate']
+    head += ['CPU s/step', 'Learning rate']
     if task.seeds:
         head.append('Seeds')
     rates = [f'{lr:g}' for lr in task.grid]
@@ -158,6 +165,26 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
     if failed:
         parts.append('\n'.join(failed))
     return '\n\n'.join(part for part in parts if part)
+
+
+def fold(text: str) -> str:
+    """Wraps paragraphs and lists to 79 columns; tables and titles stay."""
+    blocks = []
+    for block in text.split('\n\n'):
+        if not block.startswith(('|', '#')):
+            items = block.split('\n- ') if block.startswith('- ') else [block]
+            items[0] = items[0].removeprefix('- ')
+            mark = '- ' if block.startswith('- ') else ''
+            block = '\n'.join(
+                fill(
+                    ' '.join(item.split()),
+                    79,
+                    initial_indent=mark,
+                    subsequent_indent=' ' * len(mark),
+                    break_long_words=False,
+                    break_on_hyphens=False) for item in items)
+        blocks.append(block)
+    return '\n\n'.join(blocks)
 
 
 INTRO = """\
@@ -207,4 +234,4 @@ def render(results: dict[str, dict]) -> str:
     parts = [INTRO.format(command=COMMAND, specs=specs).strip()]
     parts += [machine(results)]
     parts += [task_section(task, results) for task in TASKS.values()]
-    return '\n\n'.join(parts) + '\n'
+    return '\n\n'.join(map(fold, parts)) + '\n'
