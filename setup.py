@@ -1,9 +1,9 @@
 """Packaging. What mim looks for travels in the wheel under mmpeft/.mim."""
 import os
 import shutil
-
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.develop import develop
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 MIM = ('configs', 'tools', 'model-index.yml')
@@ -17,8 +17,9 @@ def read(*names):
 
 def requirements(name):
     """Lines of a requirements file that require something."""
-    lines = (line.split('#')[0].strip()
-             for line in read('requirements', f'{name}.txt').splitlines())
+    lines = (
+        line.split('#')[0].strip()
+        for line in read('requirements', f'{name}.txt').splitlines())
     return [line for line in lines if line]
 
 
@@ -29,32 +30,49 @@ def version():
     return scope['__version__']
 
 
-class BuildWithMim(build_py):
+def add_mim(package, link):
+    """Puts what mim looks for into the package.
+
+    Args:
+        package (str): Folder of the package.
+        link (bool): Whether to link to the checkout, or else copy.
+    """
+    folder = os.path.join(package, '.mim')
+    os.makedirs(folder, exist_ok=True)
+    for name in MIM:
+        source = os.path.join(ROOT, name)
+        target = os.path.join(folder, name)
+        if os.path.islink(target) or os.path.isfile(target):
+            os.remove(target)
+        elif os.path.isdir(target):
+            shutil.rmtree(target)
+        if link:
+            os.symlink(os.path.join('..', '..', name), target)
+        elif os.path.isdir(source):
+            ignore = shutil.ignore_patterns('__pycache__')
+            shutil.copytree(source, target, ignore=ignore)
+        else:
+            shutil.copyfile(source, target)
+
+
+class BuildPy(build_py):
     """Adds ``.mim``: links in an editable install, copies in a wheel."""
 
     def run(self):
         """Builds the package, then ``.mim`` in it."""
         super().run()
         editable = getattr(self, 'editable_mode', False)
-        package = os.path.join(ROOT if editable else self.build_lib, 'mmpeft')
-        folder = os.path.join(package, '.mim')
-        os.makedirs(folder, exist_ok=True)
-        for name in MIM:
-            source = os.path.join(ROOT, name)
-            target = os.path.join(folder, name)
-            if os.path.islink(target) or os.path.isfile(target):
-                os.remove(target)
-            elif os.path.isdir(target):
-                shutil.rmtree(target)
-            if editable:
-                os.symlink(os.path.join('..', '..', name), target)
-            elif os.path.isdir(source):
-                shutil.copytree(
-                    source,
-                    target,
-                    ignore=shutil.ignore_patterns('__pycache__'))
-            else:
-                shutil.copyfile(source, target)
+        root = ROOT if editable else self.build_lib
+        add_mim(os.path.join(root, 'mmpeft'), link=editable)
+
+
+class Develop(develop):
+    """Adds ``.mim``: an older pip's editable install builds nothing."""
+
+    def run(self):
+        """Links ``.mim``, then installs."""
+        add_mim(os.path.join(ROOT, 'mmpeft'), link=True)
+        super().run()
 
 
 if __name__ == '__main__':
@@ -74,7 +92,10 @@ if __name__ == '__main__':
             name: requirements(name)
             for name in ('mminstall', 'optional', 'tests')
         },
-        cmdclass={'build_py': BuildWithMim},
+        cmdclass={
+            'build_py': BuildPy,
+            'develop': Develop
+        },
         zip_safe=False,
         classifiers=[
             'Development Status :: 3 - Alpha',

@@ -11,7 +11,7 @@ from env_steps import SetupError
 
 PYTHON = '3.11'
 
-PROBE = '''
+PROBE = """
 import json, os, sys, sysconfig
 try:
     import ensurepip, venv
@@ -23,7 +23,7 @@ print(json.dumps(dict(
     version='%d.%d' % sys.version_info[:2], has_venv=has_venv,
     path=getattr(sys, '_base_executable', None) or sys.executable,
     header=header, has_header=os.path.isfile(header))))
-'''
+"""
 
 
 def probe_python(name):
@@ -64,10 +64,10 @@ def find_python():
                'python3.11-venv, python3.11-dev), name it with PYTHON=PATH, '
                'or use your own environment with the ranges in requirements/.')
     named = os.environ.get('PYTHON')
-    candidates = [named] if named else [
-        sys.executable, 'python' + PYTHON, '/usr/bin/python' + PYTHON,
-        '/usr/local/bin/python' + PYTHON, 'python3', 'python'
-    ]
+    candidates = ([named] if named else [sys.executable] + [
+        folder + 'python' + PYTHON
+        for folder in ('', '/usr/bin/', '/usr/local/bin/')
+    ] + ['python3', 'python'])
     seen = []
     for candidate in candidates:
         found = probe_python(candidate)

@@ -13,12 +13,12 @@ import subprocess
 from env_checks import check_compiler
 from env_steps import clean_environ, say
 
-CHECK = '''
+CHECK = """
 import torch
 from mmcv.ops import nms
-boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 30., 30.]])
+boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 30., 9.]])
 assert nms(boxes, torch.tensor([.9, .8, .7]), 0.5)[1].tolist() == [0, 2]
-'''
+"""
 
 
 def cuda_major(pins):
@@ -39,9 +39,8 @@ def build_flavour(pins):
         tuple[str, str]: ``'cuda'`` or ``'cpu'``, and a remark for the user.
     """
     smi = shutil.which('nvidia-smi')
-    if smi is None or subprocess.call([smi, '-L'],
-                                      stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.DEVNULL):
+    if smi is None or subprocess.call(
+        [smi, '-L'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         return 'cpu', ''
     wanted = cuda_major(pins)
     home = os.environ.get('CUDA_HOME') or '/usr/local/cuda'
@@ -59,7 +58,7 @@ def build_flavour(pins):
 
 
 class MMCV:
-    """mmcv of one stack.
+    """Gets mmcv for one stack.
 
     Args:
         stack (str): Name of the stack.
@@ -160,7 +159,7 @@ class MMCV:
 
 
 def max_jobs():
-    """Compilers at a time: one per core, as far as 1.5 GB of memory each go."""
+    """Compilers at a time: one per core if each has 1.5 GB of memory."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:
@@ -195,8 +194,8 @@ def strip(wheel, folder, env_python, log):
                     unpacked):
             return wheel
         root, = glob.glob(os.path.join(unpacked, '*'))
-        libraries = glob.glob(os.path.join(root, '**', '_ext*.so'),
-                              recursive=True)
+        libraries = glob.glob(
+            os.path.join(root, '**', '_ext*.so'), recursive=True)
         if not all(call('strip', '--strip-unneeded', x) for x in libraries):
             return wheel
         if not call(env_python, '-m', 'wheel', 'pack', root, '-d', folder):

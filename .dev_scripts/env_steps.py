@@ -79,7 +79,11 @@ class Steps:
         self.pass_fds = pass_fds
         self.done = 0
 
-    def __call__(self, title, *commands, environ=None, progress=None,
+    def __call__(self,
+                 title,
+                 *commands,
+                 environ=None,
+                 progress=None,
                  required=True):
         """Runs commands as one step.
 
@@ -139,7 +143,8 @@ class Steps:
                 if time.time() >= beat:
                     beat = time.time() + HEARTBEAT
                     say(f'\n      {time.time() - start:.0f} s' +
-                        self._progress(progress), end='')
+                        self._progress(progress),
+                        end='')
         except BaseException:
             # its own session: compilers and pip's children go with it
             os.killpg(process.pid, signal.SIGTERM)

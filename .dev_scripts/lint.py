@@ -66,18 +66,14 @@ def run_hook(hook, files, folder):
     if command[0] == 'python':
         command[0] = sys.executable
     else:
-        command[0] = os.path.join(
-            os.path.dirname(sys.executable), command[0])
+        command[0] = os.path.join(os.path.dirname(sys.executable), command[0])
     if hook.get('pass_filenames', True):
         chosen = select(files, hook['types'])
         if not chosen:
             return True, ''
         command += chosen
     result = subprocess.run(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return result.returncode == 0, result.stdout.decode(errors='replace')
 
 
@@ -107,8 +103,9 @@ def main():
     args = parser.parse_args()
     files = listed_files()
     with open(os.path.join(ROOT, '.pre-commit-config.yaml')) as f:
-        hooks = [h for repo in yaml.safe_load(f)['repos']
-                 for h in repo['hooks']]
+        hooks = [
+            h for repo in yaml.safe_load(f)['repos'] for h in repo['hooks']
+        ]
     folder = ROOT if args.fix else tempfile.mkdtemp(prefix='mmpeft-lint-')
     try:
         if not args.fix:

@@ -33,8 +33,8 @@ MARKER = '.complete'
 
 # lock file, link in the checkout, GB on disk, GB to download; both measured
 STACKS = dict(
-    maintained=('requirements/lock/maintained.txt', '.venv', 5.8, 2.6),
-    classic=('requirements/lock/classic.txt', '.venv-classic', 5.5, 2.5),
+    maintained=('requirements/lock/maintained.txt', '.venv', 6.0, 2.6),
+    classic=('requirements/lock/classic.txt', '.venv-classic', 5.8, 2.5),
     lint=('requirements/lint.txt', '.venv-lint', 0.1, 0.02))
 
 OPENMMLAB = re.compile(r'(onedl-)?mm(engine|cv|det|detection|pretrain|'
@@ -145,9 +145,7 @@ def create(stack, lock, env, python, pass_fds=()):
             env_checks.check_compiler(python)  # now, not after 3 GB
     first = [n for n in ('pip', 'setuptools', 'wheel') if n in lines]
     ours = [n for n in lines if OPENMMLAB.match(n) and 'mmcv' not in n]
-    rest = [
-        n for n in lines if n not in first and not OPENMMLAB.match(n)
-    ]
+    rest = [n for n in lines if n not in first and not OPENMMLAB.match(n)]
 
     os.makedirs(env)
     say(f'Making the {stack} environment in {env}')
@@ -167,8 +165,8 @@ def create(stack, lock, env, python, pass_fds=()):
     steps(f'Installing {what}', pip + ['-r', listed])
     if mmcv:
         names = ', '.join(f'{n} {pins[n]}' for n in ours)
-        steps(f'Installing {names}', pip + ['--no-build-isolation'] +
-              [lines[n] for n in ours])
+        steps(f'Installing {names}',
+              pip + ['--no-build-isolation'] + [lines[n] for n in ours])
         mmcv.install(steps, env_python)  # its operators import mmengine
         steps('Checking that everything imports', [
             env_python, '-c', ''.join(f'import {name}\n'
@@ -203,8 +201,22 @@ def make(stack):
                     json.dump(dict(stack=stack, python=python['path']), f)
                 os.replace(marker + '.part', marker)
                 say(f'Made in {time.time() - start:.0f} s: {env}')
+                others = older(env, stack)
+                if others:
+                    say('Of other lock files, if no checkout needs them any '
+                        'more you can remove: ' + ' '.join(others))
     link(link_name, env)
     return env
+
+
+def older(env, stack):
+    """Environments of the same stack for other lock files, 6 GB each."""
+    folder = os.path.dirname(env)
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    return [
+        path for path in paths if path != env and os.path.isdir(path)
+        and os.path.basename(path).startswith(f'{stack}-')
+    ]
 
 
 def remove_all():
