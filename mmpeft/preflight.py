@@ -42,7 +42,7 @@ HOW_TO_GET = {
 HOW_TO_GET['PascalContextDataset59'] = HOW_TO_GET['PascalContextDataset']
 
 
-def check_files(cfg: Any, mode: str = 'train') -> None:
+def check_files(cfg: Any, mode: Optional[str] = None) -> None:
     """Raise if a file that a run needs is missing.
 
     Pre-trained weights named by a URL are downloaded to torch's cache, by one
@@ -50,14 +50,20 @@ def check_files(cfg: Any, mode: str = 'train') -> None:
 
     Args:
         cfg (mmengine.Config | dict): The final config of the run.
-        mode (str): ``'train'`` looks at the data of training and validation,
-            ``load_from`` and every ``init_cfg`` of the model; ``'test'`` at
-            the data of testing and ``load_from``. Defaults to 'train'.
+        mode (str, optional): ``'train'`` looks at the data of training and
+            validation, ``load_from`` and every ``init_cfg`` of the model;
+            ``'test'`` at the data of testing and ``load_from``. None means
+            'test' for a config with test data and no training data, else
+            'train'. Defaults to None.
 
     Raises:
         MissingFileError: Says what is missing, where it was looked for and
             how to get it.
     """
+    if mode is None:
+        only_test = cfg.get(
+            'test_dataloader') and not cfg.get('train_dataloader')
+        mode = 'test' if only_test else 'train'
     if mode not in ('train', 'test'):
         raise ValueError(f"mode must be 'train' or 'test', got {mode!r}.")
     scope = cfg.get('default_scope') or 'mmengine'
@@ -88,8 +94,9 @@ def _check_data(cfg: Any, where: str, scope: str) -> None:
         return
     if '_evaluator' in where:
         if _stock_class(cfg, METRICS, scope):
-            _require(cfg.get('ann_file'), 'annotation file',
-                     f'{where}.ann_file', 'it belongs to the data set')
+            _require(
+                cfg.get('ann_file'), 'annotation file', f'{where}.ann_file',
+                'it belongs to the data set')
         return
     cls = _stock_class(cfg, DATASETS, scope)
     if cls is None or _makes_its_own(cls, cfg):
@@ -102,16 +109,21 @@ def _check_dataset(cfg: dict, where: str, how: str) -> None:
     needed = [(cfg.get('ann_file'), 'annotation file', 'ann_file')]
     prefixes = cfg.get('data_prefix')
     if isinstance(prefixes, dict):
+        # Label maps of a test set may be absent if nothing loads them.
+        labels = any('Annotations' in str(t.get('type'))
+                     for t in cfg.get('pipeline', ()))
         needed += [(prefix, 'folder', f'data_prefix.{key}')
-                   for key, prefix in prefixes.items()]
+                   for key, prefix in prefixes.items()
+                   if labels or not key.startswith('seg')]
     else:
         needed.append((prefixes, 'folder', 'data_prefix'))
     # Only pictures may come from a remote store while labels are local.
     if _any_remote(*cfg.get('pipeline', ())):
         needed = needed[:1]
     needed = [n for n in needed if isinstance(n[0], str) and n[0]]
-    if isinstance(root, str) and root and (not needed or any(
-            not osp.isabs(n[0]) for n in needed)):
+    if isinstance(root, str) and root and (not needed
+                                           or any(not osp.isabs(n[0])
+                                                  for n in needed)):
         _require(root, 'data root', f'{where}.data_root', how)
     for path, kind, key in needed:
         if isinstance(root, str) and not _is_remote(path):
@@ -197,8 +209,8 @@ def _weights(cfg: Any, where: str) -> Iterator[Tuple[str, str]]:
             # Elsewhere the word may name a tag, not a file.
             if value.endswith(('.pth', '.pt', '.ckpt')):
                 yield at, value
-        elif key == 'checkpoint' and str(cfg.get('type')).endswith(
-                'Pretrained'):
+        elif key == 'checkpoint' and str(
+                cfg.get('type')).endswith('Pretrained'):
             yield at, value
         else:
             yield from _weights(value, at)

@@ -1,4 +1,5 @@
 """Every shipped config loads, builds and is what its README says."""
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -81,6 +82,7 @@ def shrunken(cfg):
     widths = [16 * 2**i for i in outputs]
     if 'neck' in cfg.model:
         cfg.model.neck.in_channels = widths
+        _fewer_boxes(cfg.model.train_cfg)
         return cfg
     for name in ('decode_head', 'auxiliary_head'):
         head = cfg.model.get(name)
@@ -90,6 +92,14 @@ def shrunken(cfg):
                 index, (list, tuple)) else widths[index]
             head.channels = 16
     return cfg
+
+
+def _fewer_boxes(train_cfg):
+    if 'rcnn' in train_cfg:
+        train_cfg.rpn_proposal.max_per_img = 16
+        stages = train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 8
 
 
 def types(value, path=''):
@@ -128,10 +138,15 @@ def test_every_type_resolves(task):
     registries = [
         r for r in vars(registry).values() if isinstance(r, registry.Registry)
     ]
-    init_default_scope(cfg.default_scope)
-    for path, name in types(cfg.to_dict()):
-        if name not in UNREGISTERED and not path.endswith('.method'):
-            assert any(r.get(name) for r in registries), f'{path}: {name}'
+    with contextlib.ExitStack() as stack:
+        registries = [
+            stack.enter_context(
+                r.switch_scope_and_registry(cfg.default_scope))
+            for r in registries
+        ]
+        for path, name in types(cfg.to_dict()):
+            if name not in UNREGISTERED and not path.endswith('.method'):
+                assert any(r.get(name) for r in registries), f'{path}: {name}'
     for name in FOLDERS.values():
         assert METHODS.get(name) is not None
 

@@ -54,7 +54,7 @@ def hub(tmp_path, monkeypatch):
     return calls
 
 
-def missing(cfg, mode='train'):
+def missing(cfg, mode=None):
     """The message, which must be one line."""
     with pytest.raises(MissingFileError) as error:
         check_files(cfg, mode)
@@ -110,6 +110,16 @@ def test_only_what_the_mode_uses(coco):
     check_files(coco, 'test')
     with pytest.raises(ValueError, match='mode'):
         check_files(coco, 'val')
+
+
+def test_config_without_training_data_is_a_test(coco, hub):
+    coco.test_dataloader = coco.val_dataloader
+    coco.model = weights(URL).model
+    coco.train_dataloader = coco.val_dataloader = None
+    check_files(coco)
+    assert not hub
+    coco.test_dataloader.dataset.data_root = '/nowhere'
+    assert 'test_dataloader' in missing(coco)
 
 
 @pytest.mark.parametrize('wrap', [

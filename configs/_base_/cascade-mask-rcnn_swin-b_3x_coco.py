@@ -23,7 +23,7 @@ bbox_head = dict(
     num_classes=80,
     reg_class_agnostic=False,
     reg_decoded_bbox=True,
-    # One GPU: see 'SyncBN' in the README of any method.
+    # mmengine turns it into BN where only one process trains.
     norm_cfg=dict(type='SyncBN', requires_grad=True),
     loss_cls=dict(
         type='mmdet.CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
