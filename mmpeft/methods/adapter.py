@@ -56,15 +56,13 @@ class Adapter(PEFTModule):
         check_width('Adapter', 'dim', dim, site.embed_dims)
         self.init_std = check_positive('Adapter', 'init_std', init_std)
         self.down = nn.Linear(site.embed_dims, dim)
-        self.dropout = nn.Dropout(check_rate('Adapter', 'drop_rate',
-                                             drop_rate))
+        self.dropout = nn.Dropout(
+            check_rate('Adapter', 'drop_rate', drop_rate))
         self.up = nn.Linear(dim, site.embed_dims)
         self.reset_parameters()
 
     @classmethod
-    def sites_for(cls,
-                  placement: str = 'houlsby',
-                  **kwargs) -> Sequence[str]:
+    def sites_for(cls, placement: str = 'houlsby', **kwargs) -> Sequence[str]:
         if placement not in PLACEMENTS:
             raise PEFTError(f'Adapter: unknown placement {placement!r}; use '
                             f'one of {", ".join(PLACEMENTS)}.')

@@ -98,7 +98,10 @@ class Selector(Method):
             restricted (bool): Whether ``layers`` was given; without it, parts
                 outside the blocks belong to the choice too.
         """
-        roots = {b.path: b.module for b in blocks} if restricted else {
+        roots = {
+            b.path: b.module
+            for b in blocks
+        } if restricted else {
             '': backbone
         }
         for root, module in roots.items():
@@ -122,8 +125,10 @@ def check_width(owner: str, name: str, value: int, limit: int) -> int:
 
 def check_positive(owner: str, name: str, value: float) -> float:
     """Refuse a factor or deviation that is not a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(
-            value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(
+            value,
+            bool) or not isinstance(value,
+                                    (int, float)) or not 0 < value < math.inf:
         raise PEFTError(f'{owner}: {name} must be a number above 0, but got '
                         f'{value!r}.')
     return float(value)

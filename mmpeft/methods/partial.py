@@ -55,8 +55,8 @@ class Partial(Selector):
                                'num_blocks')
         if self.num_stages is not None:
             wanted, found, what = self.num_stages, stages, 'num_stages'
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not (
-                1 <= wanted <= len(found)):
+        if isinstance(wanted, bool) or not isinstance(
+                wanted, int) or not (1 <= wanted <= len(found)):
             raise PEFTError(f'Partial: {what}={wanted!r} must be a whole '
                             f'number from 1 to {len(found)}, what this '
                             'backbone has.')
