@@ -4,8 +4,11 @@ SHELL := /bin/bash
 
 # any Python will do to start: make_env.py finds the right one
 STARTER := $(shell for p in "$$PYTHON" python3.11 python3 python; do \
-	[ -n "$$p" ] && "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
-MAKE_ENV := $(or $(STARTER),python3) .dev_scripts/make_env.py
+	[ -n "$$p" ] && "$$p" -c 'import sys; assert sys.version_info > (3, 6)' \
+	2>/dev/null && echo "$$p" && break; done)
+MAKE_ENV := $(or $(STARTER),echo 'Python 3.11 is needed and no Python 3 was \
+	found; install it with its headers.' >&2; exit 2; :) \
+	.dev_scripts/make_env.py
 
 # e.g. make test TESTS="tests/test_merge.py" PYTEST_ARGS="-x -k lora"
 TESTS ?= tests

@@ -79,9 +79,12 @@ def find_python():
             seen.append(PYTHON + ' without its venv module')
         else:
             return found
-    what = f'PYTHON={named} is' if named else 'found'
-    raise SetupError(f'Python {PYTHON} is needed, {what} '
-                     f'{", ".join(dict.fromkeys(seen)) or "none"}' + way_out)
+    seen = ', '.join(dict.fromkeys(seen))
+    if named:
+        seen = f'PYTHON={named} is {seen or "no Python that works"}'
+    else:
+        seen = f'found {seen or "none"}'
+    raise SetupError(f'Python {PYTHON} is needed, {seen}{way_out}')
 
 
 def check_compiler(python):

@@ -19,8 +19,6 @@ import yaml
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUFFIXES = dict(python=('.py', ), markdown=('.md', ), yaml=('.yml', '.yaml'))
 BINARY = ('.png', '.jpg', '.jpeg', '.gif', '.pdf', '.npz', '.pth', '.pkl')
-# their words are not ours: licence, lock files
-NOT_TEXT = ('LICENSE', )
 
 
 def listed_files():
@@ -45,9 +43,7 @@ def select(files, types):
     """
     kind, = types
     if kind == 'text':
-        return [
-            f for f in files if not f.endswith(BINARY) and f not in NOT_TEXT
-        ]
+        return [f for f in files if not f.endswith(BINARY)]
     return [f for f in files if f.endswith(SUFFIXES[kind])]
 
 
@@ -77,14 +73,20 @@ def run_hook(hook, files, folder):
     return result.returncode == 0, result.stdout.decode(errors='replace')
 
 
+def contents(files, folder):
+    """Bytes of every file, to see what a hook changed."""
+    texts = []
+    for name in files:
+        with open(os.path.join(folder, name), 'rb') as f:
+            texts.append(f.read())
+    return texts
+
+
 def changes(files, folder):
     """What the hooks changed in the copy, as a unified diff."""
     diff = []
-    for name in files:
-        with open(os.path.join(ROOT, name), 'rb') as f:
-            before = f.read()
-        with open(os.path.join(folder, name), 'rb') as f:
-            after = f.read()
+    for name, before, after in zip(files, contents(files, ROOT),
+                                   contents(files, folder)):
         if before != after:
             diff += difflib.unified_diff(
                 before.decode().splitlines(),
@@ -114,9 +116,12 @@ def main():
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 shutil.copy(os.path.join(ROOT, name), target)
         failed = []
+        before = contents(files, folder)
         for hook in hooks:
             start = time.time()
             passed, output = run_hook(hook, files, folder)
+            after = contents(files, folder)
+            passed, before = passed and before == after, after
             print(
                 f'{hook["name"]:.<40}{"passed" if passed else "FAILED"} '
                 f'({time.time() - start:.1f} s)',
@@ -131,8 +136,8 @@ def main():
     if diff:
         print(diff)
         print('\n`make format` makes these changes.')
-    if failed or diff:
-        print(f'lint: FAILED: {", ".join(failed) or "formatting"}')
+    if failed:
+        print(f'lint: FAILED: {", ".join(failed)}')
         return 1
     print(f'lint: {len(hooks)} hooks passed on {len(files)} files')
     return 0
