@@ -125,10 +125,8 @@ def check_width(owner: str, name: str, value: int, limit: int) -> int:
 
 def check_positive(owner: str, name: str, value: float) -> float:
     """Refuse a factor or deviation that is not a finite number above 0."""
-    if isinstance(
-            value,
-            bool) or not isinstance(value,
-                                    (int, float)) or not 0 < value < math.inf:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
         raise PEFTError(f'{owner}: {name} must be a number above 0, but got '
                         f'{value!r}.')
     return float(value)
