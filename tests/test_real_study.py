@@ -61,28 +61,56 @@ def test_grid_is_the_same_for_every_method():
     assert CAMVID.tune_seed not in CAMVID.seeds
 
 
-def test_final_cells_wait_for_the_whole_grid():
-    results = fake_tuning(CAMVID, best=1)
-    assert len(plan.final_cells(CAMVID, results)) == 3 * len(plan.METHODS)
-    assert {c.lr
-            for c in plan.final_cells(CAMVID, results)} == {CAMVID.grid[1]}
-    missing = next(c for c in plan.tuning_cells(CAMVID) if c.method == 'Mona')
+def walk(task, best):
+    """Runs the plan with learning rate number ``best`` as the best one."""
+    results, order = {}, []
+    while cells := plan.next_cells(task, results):
+        cell = cells[0]
+        order.append(cell)
+        score = 30. - abs(task.grid.index(cell.lr) - best)
+        results[cell.name] = fake_result(cell, score)
+    return results, order
+
+
+@pytest.mark.parametrize('best', range(4))
+def test_grid_is_climbed_from_its_middle(best):
+    results, order = walk(CAMVID, best)
+    tuned = [c for c in order if c.phase == 'tune']
+    # 0 and 1 are found by going down from 1 and 2, 2 and 3 by going up.
+    rates = CAMVID.grid[:3] if best < 2 else CAMVID.grid[1:]
+    for method in plan.METHODS:
+        assert {c.lr for c in tuned if c.method == method} == set(rates)
+        assert plan.choose_lr(CAMVID, results, method) == CAMVID.grid[best]
+    final = order[len(tuned):]
+    assert {c.phase for c in final} == {'final'}
+    # Seeds go round: what a stopped study has is equal for all methods.
+    assert [c.seed for c in final] == sorted(c.seed for c in final)
+    assert len(final) == 3 * len(plan.METHODS)
+
+
+def test_reported_runs_wait_for_the_learning_rate():
+    results, order = walk(CAMVID, best=1)
+    missing = next(c for c in order if c.method == 'Mona')
     del results[missing.name]
     assert plan.choose_lr(CAMVID, results, 'Mona') is None
-    assert 'Mona' not in {c.method for c in plan.final_cells(CAMVID, results)}
-    # Seeds go round: what a stopped study has is equal for all methods.
-    first = plan.final_cells(CAMVID, results)[:len(plan.METHODS) - 1]
-    assert {c.seed for c in first} == {CAMVID.seeds[0]}
+    assert 'Mona' not in {
+        c.method
+        for c in plan.final_cells(CAMVID, results)
+    }
+    assert plan.next_cells(CAMVID, results) == [missing]
 
 
 def test_failed_learning_rate_is_not_chosen():
-    results = fake_tuning(CAMVID, best=2)
-    for cell in plan.tuning_cells(CAMVID):
+    results, order = walk(CAMVID, best=2)
+    for cell in order:
         if cell.method == 'Full' and cell.lr == CAMVID.grid[2]:
             results[cell.name] = dict(
                 vars(cell), status='failed', reason='diverged')
-    # The rest tie; the smallest wins.
-    assert plan.choose_lr(CAMVID, results, 'Full') == CAMVID.grid[0]
+    # 1 is now the best of 1 and 2, so 0 has to be tried.
+    wanted = plan.next_cells(CAMVID, results)
+    assert [c.lr for c in wanted] == [CAMVID.grid[0]]
+    results[wanted[0].name] = fake_result(wanted[0], 1.)
+    assert plan.choose_lr(CAMVID, results, 'Full') == CAMVID.grid[1]
     assert 'diverged' in report.render(results)
 
 
@@ -263,7 +291,8 @@ def test_study_resumes(tmp_path, monkeypatch):
     args = types.SimpleNamespace(
         budget=None, jobs=2, iters=None, retry_failed=False)
     run.Study(places, args).run_task('camvid')
-    total = len(plan.METHODS) * (len(CAMVID.grid) + len(CAMVID.seeds))
+    # All tie, so the walk goes down: three of the four rates.
+    total = len(plan.METHODS) * (3 + len(CAMVID.seeds))
     assert len(ran) == len(set(ran)) == total
     run.Study(places, args).run_task('camvid')
     assert len(ran) == total
@@ -289,7 +318,7 @@ def test_two_iterations_on_real_data(task, tmp_path):
     subprocess.run(command, check=True)
     files = sorted(tmp_path.glob('cells/*/result.json'))
     config = plan.TASKS[task]
-    runs = len(config.grid) + len(config.seeds)
+    runs = min(3, len(config.grid)) + len(config.seeds)
     assert len(files) == runs * len(plan.METHODS)
     for file in files:
         assert json.loads(file.read_text())['status'] == 'done'

@@ -3,6 +3,7 @@ import os.path as osp
 from argparse import Namespace
 from typing import Any, Dict, List
 
+import torch
 from mmengine.config import Config
 from mmengine.config import DictAction as _DictAction
 from mmengine.dist import is_main_process
@@ -63,10 +64,26 @@ def prepare(args: Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """The stock Runner, or the one that the config asks for."""
+    _distribute_on_cpu(cfg)
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg \
         else RUNNERS.build(cfg)
     _log_rates(cfg)
     return runner
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """Let several ranks train without a GPU.
+
+    mmengine's launcher asks for CUDA devices and its wrapper for
+    ``device_ids``; a process group that exists already is used as it is.
+    """
+    if cfg.launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = dict(type='MMDistributedDataParallel')
+    wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
+    cfg.model_wrapper_cfg = wrapper
 
 
 def parse_options(options: List[str]) -> Dict[str, Any]:
@@ -115,8 +132,8 @@ def set_default_collate(cfg: Config, args: Namespace) -> None:
 
 def _add_report_hook(cfg: Config) -> None:
     if find_peft_backbones(cfg):
-        hooks = cfg.setdefault('default_hooks', {})
-        hooks.setdefault('peft_report', dict(type='mmpeft.PEFTReportHook'))
+        report = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+        cfg.default_hooks = {**report, **(cfg.get('default_hooks') or {})}
 
 
 def _enable_amp(cfg: Config) -> None:
@@ -139,9 +156,10 @@ def _scale_lr(cfg: Config, factor: float) -> None:
 
 def _log_rates(cfg: Config) -> None:
     """The learning rate of each method's recipe, beside the config's."""
-    if not is_main_process():
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    if not optimizer or not is_main_process():
         return
-    lr = (cfg.get('optim_wrapper', {}).get('optimizer') or {}).get('lr')
+    lr = optimizer.get('lr')
     scope = cfg.get('default_scope')
     for node in find_peft_backbones(cfg).values():
         for plan in parse_methods(node['method']):
