@@ -93,10 +93,7 @@ def test_reported_runs_wait_for_the_learning_rate():
     missing = next(c for c in order if c.method == 'Mona')
     del results[missing.name]
     assert plan.choose_lr(CAMVID, results, 'Mona') is None
-    assert 'Mona' not in {
-        c.method
-        for c in plan.final_cells(CAMVID, results)
-    }
+    assert 'Mona' not in {c.method for c in plan.final_cells(CAMVID, results)}
     assert plan.next_cells(CAMVID, results) == [missing]
 
 

@@ -117,32 +117,59 @@ def tuning_cells(task: Task, iters: Optional[int] = None) -> list[Cell]:
     ]
 
 
+def walk_grid(task: Task,
+              results: dict[str, dict],
+              method: str,
+              iters: Optional[int] = None) -> tuple[list[Cell], list[Cell]]:
+    """The one rule for all methods: climb the grid from its middle.
+
+    The two middle rates are tried; while the best is the lowest or the
+    highest that was tried, the next one beyond it is.
+
+    Returns:
+        tuple: The cells to run next, none when the walk is over, and the
+        finished ones, best first. A failed cell counts as tried, not as good;
+        a tie goes to the smaller rate.
+    """
+    cells = [c for c in tuning_cells(task, iters) if c.method == method]
+    low, high = (len(cells) - 1) // 2, len(cells) // 2
+    while True:
+        tried = cells[low:high + 1]
+        missing = [c for c in tried if c.name not in results]
+        if missing:
+            return missing, []
+        done = [c for c in tried if results[c.name]['status'] == 'done']
+        done.sort(key=lambda c: (-results[c.name]['tune'][task.metric], c.lr))
+        best = cells.index(done[0]) if done else low
+        if best == low and low > 0:
+            low -= 1
+        elif best == high and high < len(cells) - 1:
+            high += 1
+        else:
+            return [], done
+
+
 def choose_lr(task: Task,
               results: dict[str, dict],
               method: str,
               iters: Optional[int] = None) -> Optional[float]:
-    """The learning rate with the best tuning metric.
+    """The best learning rate, None until the walk over the grid has ended."""
+    done = walk_grid(task, results, method, iters)[1]
+    return done[0].lr if done else None
 
-    Args:
-        task (Task): The dataset.
-        results (dict): Name of a cell to its result.
-        method (str): Name of the method.
-        iters (int, optional): As in ``Cell``.
 
-    Returns:
-        float: None unless every cell of the grid has been run. A failed one
-        counts as run, and is not chosen; a tie goes to the smaller rate.
-    """
-    scores = []
-    for cell in tuning_cells(task, iters):
-        if cell.method != method:
-            continue
-        result = results.get(cell.name)
-        if result is None:
-            return None
-        if result['status'] == 'done':
-            scores.append((result['tune'][task.metric], -cell.lr))
-    return -max(scores)[1] if scores else None
+def next_cells(task: Task,
+               results: dict[str, dict],
+               iters: Optional[int] = None) -> list[Cell]:
+    """What can be run now, in this order: learning rates first."""
+    cells = [
+        c for method in METHODS
+        for c in walk_grid(task, results, method, iters)[0]
+    ]
+    order = {c.name: i for i, c in enumerate(tuning_cells(task, iters))}
+    cells.sort(key=lambda c: order[c.name])
+    cells += final_cells(task, results, iters)
+    return [c for c in cells if c.name not in results]
 
 
 def final_cells(task: Task,

@@ -87,7 +87,7 @@ def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
                 continue
             result = results.get(cell.name)
             if result is None:
-                text = 'not measured'
+                text = '-' if best else 'not measured'
             elif result['status'] == 'failed':
                 text = 'failed'
             else:
@@ -133,8 +133,11 @@ def recipe(task: Task) -> str:
             f'{cfg.train_dataloader.batch_size}, AdamW (weight decay '
             f'{cfg.optim_wrapper.optimizer.weight_decay}, none on norms and '
             f'relative-position tables), {warmup} iterations of warm-up, then '
-            'linear decay to zero, random flip. Learning rates tried for '
-            'every method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
+            'linear decay to zero, random flip. Learning rates, for every '
+            'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
+    if len(task.grid) > 2:
+        text += ('Each method starts with the two in the middle and goes on '
+                 'while the best is the last one tried. ')
     if task.seeds:
         return text + (
             f'Chosen by {task.metric} on the val split with seed '
@@ -157,8 +160,8 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
         f'## {TITLES[task.name]}',
         f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),
         table(head, main_rows(task, results)),
-        gains(task,
-              results), f'Tuning ({task.metric}; the chosen rate is bold):',
+        gains(task, results),
+        f'Tuning ({task.metric}; the chosen rate is bold, "-" was not needed):',
         table(['Method', *rates], tuning_rows(task, results))
     ]
     failed = failures(task, results)

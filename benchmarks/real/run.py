@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.real import cell as cell_module  # noqa: E402
 from benchmarks.real import data, report  # noqa: E402
-from benchmarks.real.plan import TASKS, final_cells, tuning_cells  # noqa: E402
+from benchmarks.real.plan import next_cells  # noqa: E402
+from benchmarks.real.plan import TASKS, final_cells, tuning_cells
 from benchmarks.real.pretrain import pretrain  # noqa: E402
 
 DEFAULT_CACHE = Path(os.environ.get(
@@ -79,65 +80,84 @@ class Study:
                  args: argparse.Namespace) -> None:
         self.places = places
         self.args = args
-        self.running = {}
         self.results = {}
-        self.stop = threading.Event()
+        self.running = {}
+        # Cells of this call, so that a killed one is left to the next call.
+        self.taken = set()
+        self.active = 0
+        self.changed = threading.Condition()
+        self.stopped = False
         self.deadline = None
         if args.budget is not None:
             self.deadline = time.monotonic() + 60 * args.budget
 
-    def load(self, cells) -> list:
-        """Reads cached results; returns the cells that have none."""
-        missing = []
-        for cell in cells:
-            result = cell_module.read_result(cell, self.places)
-            failed = result is not None and result['status'] == 'failed'
-            if result is None or (failed and self.args.retry_failed):
-                missing.append(cell)
-            else:
-                self.results[cell.name] = result
-        return missing
+    def load(self, name: str) -> None:
+        """Reads the cached results of a task."""
+        task, iters = TASKS[name], self.args.iters
+        # The reported cells are known once the tuning results are.
+        for plan in (lambda: tuning_cells(task, iters),
+                     lambda: final_cells(task, self.results, iters)):
+            for cell in plan():
+                result = cell_module.read_result(cell, self.places)
+                if result and not (result['status'] == 'failed'
+                                   and self.args.retry_failed):
+                    self.results[cell.name] = result
 
-    def _one(self, cell) -> None:
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        if self.stop.is_set() or late:
-            return
-        began = time.monotonic()
-        result = cell_module.run_cell(cell, self.places, self.running)
-        if result is None:
-            return
-        self.results[cell.name] = result
-        task = TASKS[cell.task]
-        outcome = result.get('reason')
-        if result['status'] == 'done':
-            score = result[cell.phase][task.metric]
-            outcome = f'{task.metric} {score:.2f}'
-        print(
-            f'{time.strftime("%H:%M:%S")} {cell.name}: {outcome} '
-            f'({time.monotonic() - began:.0f} s)',
-            flush=True)
+    def take(self, name: str):
+        """Waits for a cell that can run; None when there will be none."""
+        with self.changed:
+            while True:
+                late = self.deadline and time.monotonic() > self.deadline
+                if self.stopped or late:
+                    return None
+                cells = next_cells(TASKS[name], self.results, self.args.iters)
+                cell = next((c for c in cells if c.name not in self.taken),
+                            None)
+                if cell:
+                    self.taken.add(cell.name)
+                    self.active += 1
+                    return cell
+                if not self.active:
+                    return None
+                self.changed.wait()
 
-    def run(self, title: str, cells) -> None:
-        missing = self.load(cells)
-        print(
-            f'{title}: {len(missing)} of {len(cells)} cells to run',
-            flush=True)
+    def work(self, name: str) -> None:
+        """Runs cells one after the other."""
+        while (cell := self.take(name)) is not None:
+            began, result = time.monotonic(), None
+            try:
+                result = cell_module.run_cell(cell, self.places, self.running)
+            finally:
+                with self.changed:
+                    self.active -= 1
+                    if result:
+                        self.results[cell.name] = result
+                    self.changed.notify_all()
+            if result:
+                metric = TASKS[name].metric
+                outcome = (f'{metric} {result[cell.phase][metric]:.2f}'
+                           if result['status'] == 'done' else
+                           f"failed, {result['reason']}")
+                print(
+                    f'{time.strftime("%H:%M:%S")} {cell.name}: {outcome} '
+                    f'({time.monotonic() - began:.0f} s)',
+                    flush=True)
+
+    def run_task(self, name: str) -> None:
+        self.load(name)
+        print(f'{name}: {len(self.results)} results are there', flush=True)
         with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = [pool.submit(self._one, cell) for cell in missing]
+            futures = [
+                pool.submit(self.work, name) for _ in range(self.args.jobs)
+            ]
             try:
                 for future in futures:
                     future.result()
             except KeyboardInterrupt:
-                self.stop.set()
+                self.stopped = True
                 for process in list(self.running.values()):
                     process.terminate()
                 raise
-
-    def run_task(self, name: str) -> None:
-        task, iters = TASKS[name], self.args.iters
-        self.run(f'{name}, learning rates', tuning_cells(task, iters))
-        self.run(f'{name}, reported runs',
-                 final_cells(task, self.results, iters))
 
 
 def main() -> int:
@@ -158,10 +178,6 @@ def main() -> int:
             data.prepare_coco(data_root, cache)
             for name in args.tasks:
                 study.run_task(name)
-        else:
-            for task in TASKS.values():
-                study.load(tuning_cells(task))
-                study.load(final_cells(task, study.results))
     except data.DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -169,9 +185,10 @@ def main() -> int:
         print('stopped; the same command goes on', file=sys.stderr)
         return 130
     if args.iters is None:
-        for task in TASKS.values():
-            study.load(tuning_cells(task))
-            study.load(final_cells(task, study.results))
+        # Without this, another task's failed cells would be left out.
+        args.retry_failed = False
+        for name in TASKS:
+            study.load(name)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(report.render(study.results))
         print(f'table: {args.out}', flush=True)
