@@ -161,7 +161,7 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
         f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),
         table(head, main_rows(task, results)),
         gains(task, results),
-        f'Tuning ({task.metric}; the chosen rate is bold, "-" was not needed):',
+        f'Tuning ({task.metric}; bold: chosen, "-": not needed):',
         table(['Method', *rates], tuning_rows(task, results))
     ]
     failed = failures(task, results)
