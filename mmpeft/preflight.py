@@ -39,6 +39,8 @@ HOW_TO_GET = {
     'PascalContextDataset':
     f'get VOC 2010 and its context labels as {_SEG_DOCS}#pascal-context says',
 }
+# Weights that a command of this project makes.
+HOW_TO_MAKE = {'swin-nano_source.pth': 'make them with `make demo`, or '}
 HOW_TO_GET['PascalContextDataset59'] = HOW_TO_GET['PascalContextDataset']
 
 
@@ -225,8 +227,9 @@ def _check_weights(key: str, path: Optional[str]) -> None:
     elif not _is_remote(path) and not osp.exists(osp.expanduser(path)):
         raise MissingFileError(
             f'The weights {path!r} are missing (looked for '
-            f'{osp.abspath(path)}); set {key} to a file or URL that exists, '
-            f'with --cfg-options {key}=/path/to/weights.pth.')
+            f'{osp.abspath(path)}); {HOW_TO_MAKE.get(osp.basename(path), "")}'
+            f'set {key} to a file or URL that exists, with --cfg-options '
+            f'{key}=/path/to/weights.pth.')
 
 
 def _download(key: str, url: str) -> None:
