@@ -61,7 +61,7 @@ TASKS = {
         name='coco-mini',
         config='mask-rcnn_swin-nano_coco-mini.py',
         metric='bbox_mAP',
-        grid=(5e-4, 2e-3),
+        grid=(5e-4, 1.5e-3, 4.5e-3),
         tune_seed=0)
 }
 
@@ -123,8 +123,8 @@ def walk_grid(task: Task,
               iters: Optional[int] = None) -> tuple[list[Cell], list[Cell]]:
     """The one rule for all methods: climb the grid from its middle.
 
-    The two middle rates are tried; while the best is the lowest or the
-    highest that was tried, the next one beyond it is.
+    The middle of the grid is tried (one rate or two); while the best is the
+    lowest or the highest that was tried, the next one beyond it is.
 
     Returns:
         tuple: The cells to run next, none when the walk is over, and the

@@ -135,9 +135,8 @@ def recipe(task: Task) -> str:
             f'relative-position tables), {warmup} iterations of warm-up, then '
             'linear decay to zero, random flip. Learning rates, for every '
             'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
-    if len(task.grid) > 2:
-        text += ('Each method starts with the two in the middle and goes on '
-                 'while the best is the last one tried. ')
+    text += ('Each method starts in the middle of the grid and goes on while '
+             'the best is the last one tried. ')
     if task.seeds:
         return text + (
             f'Chosen by {task.metric} on the val split with seed '

@@ -11,7 +11,7 @@ default_scope = 'mmdet'
 
 data_root = 'data/real/coco_mini/'
 checkpoint = 'data/real/swin_nano_tiny-imagenet-100.pth'
-max_iters = 240
+max_iters = 300
 scale = (320, 320)
 channels = 64
 
@@ -112,13 +112,13 @@ optim_wrapper = dict(
             'norm': dict(decay_mult=0.)
         }))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=24),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(
         type='PolyLR',
         power=1.0,
         eta_min=0.0,
         by_epoch=False,
-        begin=24,
+        begin=30,
         end=max_iters)
 ]
 train_cfg = dict(
