@@ -71,9 +71,22 @@ def init_weights(self: nn.Module) -> None:
 
     Stock code initialises by layer type and would overwrite the attached
     modules: mmdet's Swin sets every Linear below it to a normal.
+
+    Raises:
+        PEFTError: If the pre-trained weights are of another architecture.
     """
     again = getattr(self, '_is_init', False)
-    type(self).init_weights(self)
+    try:
+        type(self).init_weights(self)
+    except RuntimeError as error:
+        line = next((t for t in str(error).splitlines()
+                     if 'size mismatch' in t), None)
+        if line is None:
+            raise
+        raise PEFTError(
+            'The pre-trained weights in init_cfg are of another architecture '
+            f'than this {type(self).__name__} ({line.strip(" .")}); give '
+            'weights that fit, or their widths and depths.') from error
     if not again:
         for module in attached_modules(self):
             module.reset_parameters()

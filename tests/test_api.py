@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import build_pair
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
 from mmpeft.config import find_backbones, load_config
@@ -77,6 +77,31 @@ def test_config_mistakes():
         mmpeft.apply(two, 'Mona')
     assert mmpeft.apply(two, 'Mona', at='model.b.0').model.b[0].stock == \
         'mmdet.SwinTransformer'
+
+
+def test_new_style_config(tmp_path):
+    """Classes instead of names, dumped and read again."""
+    pytest.importorskip('mmseg')
+    path = tmp_path / 'lazy.py'
+    path.write_text('from mmseg.models.backbones import SwinTransformer\n'
+                    'from mmpeft.injection import PEFTBackbone\n'
+                    'from mmpeft.methods import Mona\n'
+                    "default_scope = 'mmseg'\n"
+                    'model = dict(backbone=dict(\n'
+                    '    type=PEFTBackbone, stock=SwinTransformer,\n'
+                    '    method=dict(type=Mona, dim=4), embed_dims=16,\n'
+                    '    depths=(2, 2), num_heads=(2, 4), strides=(4, 2),\n'
+                    '    out_indices=(0, 1)))\n')
+    cfg = Config.fromfile(str(path), lazy_import=True)
+    cfg.dump(str(tmp_path / 'dumped.py'))
+    again = Config.fromfile(str(tmp_path / 'dumped.py'))
+    keys = [
+        list(MODELS.build(c.model.backbone).state_dict()) for c in (cfg, again)
+    ]
+    assert keys[0] == keys[1] and any('.peft.mona.' in k for k in keys[0])
+    assert list(find_backbones(again)) == ['model.backbone']
+    replaced = mmpeft.apply(again, 'LoRA')
+    assert replaced.model.backbone.method == 'LoRA'
 
 
 def test_apply_to_a_model(library, image):

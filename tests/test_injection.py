@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import build_pair, peft_cfg, stock_cfg
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from mmpeft.errors import PEFTError, SiteError
@@ -116,6 +117,56 @@ def test_attached_modules_follow_dtype(library):
     stock, _ = build_pair(library, 'Frozen')
     inject(stock.double(), 'LoRA:rank=2', allow_random_base=True)
     assert {p.dtype for p in stock.parameters()} == {torch.float64}
+
+
+def test_pretrained_weights_count_as_loaded(library, tmp_path):
+    stock, _ = build_pair(library, 'Frozen')
+    path = str(tmp_path / 'base.pth')
+    state = {f'backbone.{k}': v for k, v in stock.state_dict().items()}
+    torch.save(dict(state_dict=state), path)
+    init_cfg = ConfigDict(
+        type='Pretrained', checkpoint=path, prefix='backbone.')
+    image = torch.randn(1, 3, 56, 56)
+
+    def build(**kwargs):
+        cfg = dict(peft_cfg(library, 'Mona:dim=4'), init_cfg=init_cfg)
+        backbone = MODELS.build(dict(cfg, **kwargs))
+        backbone.init_weights()
+        backbone.train()
+        return backbone
+
+    build()(image)
+    # Evaluation asks for nothing: that is how a delta is tested.
+    bare = MODELS.build(peft_cfg(library, 'Mona:dim=4'))
+    bare.eval()
+    bare(image)
+    missing = 'backbone.stages.1.blocks.0.attn.w_msa.qkv.weight'
+    torch.save(
+        dict(state_dict={k: v
+                         for k, v in state.items() if k != missing}), path)
+    with pytest.raises(PEFTError, match='1 of .* frozen weights.*qkv.weight'):
+        build()(image)
+
+
+def test_weights_of_another_width(library, tmp_path):
+    stock, _ = build_pair(library, 'Frozen')
+    path = str(tmp_path / 'base.pth')
+    state = {
+        f'backbone.{k}': torch.cat([v, v]) if k.endswith('qkv.bias') else v
+        for k, v in stock.state_dict().items()
+    }
+    torch.save(dict(state_dict=state), path)
+    peft = MODELS.build(
+        dict(
+            peft_cfg(library, 'Full'),
+            init_cfg=ConfigDict(
+                type='Pretrained', checkpoint=path, prefix='backbone.')))
+    if library == 'mmpretrain':
+        # mmengine's loader logs and goes on.
+        peft.init_weights()
+        return
+    with pytest.raises(PEFTError, match='another architecture.*size mismatch'):
+        peft.init_weights()
 
 
 def test_stock_by_any_name(library):

@@ -52,7 +52,7 @@ def main():
 
 def print_table(rows):
     columns = [('config', lambda r: r['config']),
-               ('method', lambda r: r['method'] or '-'),
+               ('method', lambda r: r['method']),
                ('backbone', lambda r: f'{r["backbone_total"]:,}'),
                ('trainable', lambda r: f'{r["backbone_trainable"]:,}'),
                ('added', lambda r: f'{r["backbone_added"]:,}'),

@@ -27,7 +27,7 @@ def count_config(config: str,
     parsed = parse_options(options)
     if parsed:
         cfg.merge_from_dict(parsed)
-    row = dict(config=config, method=method or method_title(cfg))
+    row = dict(config=config, method=method or method_title(cfg) or 'stock')
     with without_init():
         model = build_model(cfg)
     row.update(count_params(model, metric))
