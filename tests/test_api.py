@@ -123,8 +123,8 @@ def test_apply_to_a_model(library, image):
 def test_ppt_factor():
     from mmpeft.counting import ppt_factor
     assert ppt_factor(0) == 1
-    # P = C: exp(-log10(2))
-    assert ppt_factor(10_000_000) == pytest.approx(.740059, abs=1e-6)
+    # P = C: exp(-log10(2)) = 2 ** (-1 / ln(10))
+    assert ppt_factor(10_000_000) == pytest.approx(2**-.4342944819)
 
 
 def test_config_path():
