@@ -107,7 +107,7 @@ def check_block(library: str,
 
 def check_released_module(case: str, module: nn.Module, run: Callable,
                           shape: tuple, dtype: torch.dtype) -> float:
-    """Output and gradients of a filled module against the released code.
+    """Output and gradients of a module against the released code.
 
     Args:
         run (Callable): ``(module, x) -> y``.
@@ -119,7 +119,8 @@ def check_released_module(case: str, module: nn.Module, run: Callable,
     # Gradients of the released code in float32 are within 7e-6 of its own
     # float64; what is stored is float32.
     outs, grads = (1e-5, 1e-4) if dtype is torch.float32 else (2e-7, 2e-7)
-    module.to(dtype).train()
+    fill(module.to(dtype))
+    module.train()
     x = tensor('x', *shape, dtype=dtype).requires_grad_()
     y = run(module, x)
     (y * tensor('weight', *y.shape, dtype=dtype)).sum().backward()
@@ -139,10 +140,10 @@ def check_released_backbone(case: str, library: str, method, dtype,
     """A whole backbone against the released one: what trains, what comes out
     and every gradient."""
     recorded = load(case)
-    outs, grads = (1e-5, 1e-4) if dtype is torch.float32 else (2e-7, 4e-7)
+    outs, grads = (1e-5, 1e-4) if dtype is torch.float32 else (2e-7, 2e-7)
     backbone = swin(library, method, **kwargs)
-    fill(backbone)
-    backbone.to(dtype).train()
+    fill(backbone.to(dtype))
+    backbone.train()
     replace_drop_path(backbone)
     features = backbone(tensor('image', 2, 3, 36, 28, dtype=dtype))
     loss, worst = 0., []
@@ -186,10 +187,10 @@ def _check_digests(recorded: dict, found: dict, tolerance: float) -> list:
     worst = []
     for name, row in zip(names, recorded['grads']):
         mine = digest(name, found[name].numpy())
-        # A digit is a sum with signs: judged by the size of the gradient.
-        size = float(found[name].double().norm())
-        gap = float(abs(mine - row).max()) / size
-        assert gap <= 4 * tolerance, f'gradient of {name}: {gap:.2e}'
+        # A digit is a sum with random signs, of the size of the whole
+        # gradient, so the gradient's norm and not the digit is the measure.
+        gap = abs(mine - row).max() / float(found[name].double().norm())
+        assert gap <= 2 * tolerance, f'gradient of {name}: {gap:.2e}'
         worst.append(gap)
         if f'grad {name}' in recorded:
             worst.append(

@@ -9,7 +9,7 @@ from mmpeft.sites import TokenLayout
 from . import reference as ref
 from .checks import (check_block, check_module, check_released_backbone,
                      check_released_module)
-from .recorded import fill, tensor
+from .recorded import tensor
 from .swins import LIBRARIES, site, swin
 
 DTYPES = (torch.float32, torch.float64)
@@ -53,7 +53,9 @@ def test_formula(dims, dim, hw, extra, dtype):
 
 @pytest.mark.parametrize('library', LIBRARIES)
 @pytest.mark.parametrize('drop_path_rate', [0., 0.5])
-def test_after_each_residual_add_outside_drop_path(library, drop_path_rate):
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_after_each_residual_add_outside_drop_path(library, drop_path_rate,
+                                                   dtype):
     hw, prefix = (7, 5), 'peft.mona.{}_residual.'
 
     def block(x, p, attention, mlp, drop):
@@ -61,13 +63,12 @@ def test_after_each_residual_add_outside_drop_path(library, drop_path_rate):
         return mona(x + drop(mlp(x)), hw, p, prefix.format('ffn'))
 
     check_block(library, dict(type='Mona', dim=4, drop_rate=0.), block,
-                drop_path_rate)
+                drop_path_rate, dtype)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_released_module(dtype):
     module = Mona(site('attn_residual', 64), dim=64, drop_rate=0.)
-    fill(module)
     check_released_module(
         'released_mona', module,
         lambda m, x: m(torch.zeros_like(x), x, TokenLayout(
