@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,9 @@ from mmengine.config import Config  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import mmpeft  # noqa: E402
+from mmpeft.cli import run  # noqa: E402
 from mmpeft.datasets import ensure_shapes  # noqa: E402
+from mmpeft.errors import PEFTError  # noqa: E402
 
 DATA = 'data/shapes_v1'
 SOURCE = 'configs/_base_/mask-rcnn_swin-nano_shapes-source.py'
@@ -176,6 +179,8 @@ def merge(args, checkpoint, console) -> dict:
 
 def main():
     args = parse_args()
+    # Libraries warn of optional packages that nothing here needs.
+    warnings.simplefilter('ignore')
     console = Console()
     began = time.time()
     args.work_dir = args.work_dir.resolve()
@@ -207,7 +212,10 @@ def main():
     except KeyboardInterrupt:
         console.print('Interrupted; start again to go on from here.')
         sys.exit(130)
+    except OSError as error:  # such as a full disk
+        raise PEFTError(f'{error}. What is finished is kept: start again '
+                        'when this is cured.') from error
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -35,6 +35,23 @@ def ground_truth(annotations: str, count: int) -> Tuple[List[Dict], List]:
     return truth, [coco.cats[i]['name'] for i in sorted(coco.cats)]
 
 
+def best_objects(found: Dict) -> List[Tuple[np.ndarray, int]]:
+    """Masks and labels above ``SCORE``; of two that share half, the better.
+
+    Detectors may name one object twice; two colours over each other would
+    look like a third.
+    """
+    kept: List[Tuple[np.ndarray, int]] = []
+    for i in np.argsort(-np.asarray(found['scores']), kind='stable'):
+        mask = np.asarray(found['masks'][i], bool)
+        if found['scores'][i] < SCORE or not mask.any():
+            continue
+        if all((mask & other).sum() <= .5 * min(mask.sum(), other.sum())
+               for other, _ in kept):
+            kept.append((mask, int(found['labels'][i])))
+    return kept
+
+
 def draw(truth: List[Dict], columns: List[Tuple[str, List[Dict]]],
          files: List[Path], classes: List[str], out: Path) -> None:
     """Predictions beside the ground truth, one column per method."""
@@ -52,18 +69,13 @@ def draw(truth: List[Dict], columns: List[Tuple[str, List[Dict]]],
             # Grey, so that the colours of the classes stand out.
             shown = np.repeat(image.mean(2, keepdims=True), 3, 2) / 255
             shown = .35 + .6 * shown
-            objects = found[row]
-            for mask, label, score in zip(objects['masks'], objects['labels'],
-                                          objects['scores']):
-                if score >= SCORE:
-                    mask = np.asarray(mask, bool)
-                    colour = np.array(to_rgb(COLOURS[label]))
-                    shown[mask] = .25 * shown[mask] + .75 * colour
+            objects = best_objects(found[row])
+            for mask, label in objects:
+                colour = np.array(to_rgb(COLOURS[label]))
+                shown[mask] = .25 * shown[mask] + .75 * colour
             axis.imshow(shown, interpolation='nearest')
-            for mask, label, score in zip(objects['masks'], objects['labels'],
-                                          objects['scores']):
-                if score >= SCORE and np.any(mask):
-                    axis.contour(mask, [.5], colors='black', linewidths=.9)
+            for mask, _ in objects:
+                axis.contour(mask, [.5], colors='black', linewidths=.9)
             if row == 0:
                 axis.set_title(title, fontsize=12)
     figure.legend(

@@ -150,10 +150,11 @@ def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
         console.print(
             '  LoRA merged, in the stock model without mmpeft: box mAP '
             f'{100 * check["bbox"]:.1f}, mask mAP {100 * check["segm"]:.1f}. '
-            f'The {check["images"]} images give the same objects as unmerged, '
-            f'but for {check["other_objects"]} images; scores differ by at '
-            f'most {check["scores"]:.1e}, boxes by {check["boxes"]:.1e} '
-            f'pixels, masks in {check["mask_pixels"]} pixels.')
+            f'{check["images"] - check["other_objects"]} of {check["images"]} '
+            'images give the same objects as before merging; their scores '
+            f'differ by at most {check["scores"]:.1e}, their boxes by '
+            f'{check["boxes"]:.1e} pixels, their masks in '
+            f'{check["mask_pixels"]} pixels.')
     truth, classes = ground_truth(annotations, ROWS)
     draw(truth, columns, files[:ROWS], classes,
          args.work_dir / 'predictions.png')

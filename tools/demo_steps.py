@@ -115,7 +115,7 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
         SpinnerColumn(),
         TextColumn('  {task.description:<22}'),
         BarColumn(bar_width=24),
-        TextColumn('{task.fields[iterations]:>9} it'),
+        TextColumn('{task.fields[iterations]:>10}'),
         TimeElapsedColumn(),
         TextColumn('left'),
         TimeRemainingColumn(),
@@ -150,7 +150,8 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
                         completed=done,
                         total=total,
                         note=note,
-                        iterations=f'{done}/{total}' if total else '')
+                        iterations=f'{done}/{total} it'
+                        if step.epochs and total else '')
                     tenth = done * 10 // total if total else 0
                     if not console.is_terminal and tenth != told[key]:
                         told[key] = tenth

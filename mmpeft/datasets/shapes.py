@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from mmengine.registry import DATASETS, METRICS
 
+from ..errors import PEFTError
 from .shapes_drawing import DOMAINS, IMAGE_SIZE, draw_scene
 
 # Part of the folder's name, so a changed generator never meets old files.
@@ -101,14 +102,14 @@ def ensure_shapes(root: Union[str, Path] = 'data/shapes_v1',
         Path: ``root``.
 
     Raises:
-        ValueError: If ``root`` exists and holds something else.
+        PEFTError: If ``root`` exists and holds something else.
     """
     root = Path(root)
     if (root / 'digests.json').is_file():
         return root
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f'{root} exists and does not hold the generated '
-                         'shapes; move it away or choose another data_root.')
+        raise PEFTError(f'{root} exists and does not hold the generated '
+                        'shapes; move it away or choose another data_root.')
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
