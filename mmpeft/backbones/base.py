@@ -158,8 +158,9 @@ class SiteMap:
             match = re.fullmatch(cls.block_pattern, path)
             if match is None:
                 raise SiteError(
-                    f'A {stock.__name__} sits at {path!r}, where {cls.__name__}'
-                    ' does not expect one; pass the backbone itself.')
+                    f'A {stock.__name__} sits at {path!r}, where '
+                    f'{cls.__name__} does not expect one; pass the backbone '
+                    'itself.')
             host = match['host'] or ''
             inner = path[len(host) + 1:] if host else path
             index = sum(h == host for h, _ in found)

@@ -48,8 +48,9 @@ def stock_config(tmp_path_factory):
     cfg.val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
     cfg.test_evaluator = cfg.val_evaluator
     path = folder / 'tiny.py'
-    text = 'import sys\n' + f'sys.path.insert(0, {osp.join(ROOT, "tests")!r})\n'
-    path.write_text(text + 'del sys\n' + cfg.pretty_text)
+    folder = osp.join(ROOT, 'tests')
+    path.write_text(f'import sys\nsys.path.insert(0, {folder!r})\ndel sys\n' +
+                    cfg.pretty_text)
     return str(path)
 
 
