@@ -29,8 +29,7 @@ map_package_names()
 
 def __getattr__(name: str):
     if name in _PUBLIC:
-        value = getattr(
-            importlib.import_module(_PUBLIC[name], __name__), name)
+        value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -97,16 +97,15 @@ def add_method(cfg: Config,
             raise PEFTError(_which(cfg, list(found)))
         at = next(iter(found))
     elif at not in found:
-        raise PEFTError(
-            f'--at {at}: no supported backbone there. ' +
-            (f'Supported ones are at {", ".join(found)}.'
-             if found else _which(cfg, [])))
+        raise PEFTError(f'--at {at}: no supported backbone there. ' +
+                        (f'Supported ones are at {", ".join(found)}.'
+                         if found else _which(cfg, [])))
     node = found[at]
     if not _is_peft(node):
         node['stock'] = _scoped(cfg, node['type'])
         node['type'] = 'mmpeft.PEFTBackbone'
-    node['method'] = method if isinstance(method, str) else copy.deepcopy(
-        method)
+    node['method'] = method if isinstance(method,
+                                          str) else copy.deepcopy(method)
     return cfg, at
 
 
@@ -182,8 +181,9 @@ def _which(cfg: Config, found: List[str]) -> str:
     if found:
         return (f'{len(found)} supported backbones are in this config, at '
                 f'{", ".join(found)}; choose one with --at.')
-    names = ', '.join(f.__name__.replace('Sites', '')
-                      for f in SITE_MAPS.module_dict.values())
+    names = ', '.join(
+        f.__name__.replace('Sites', '')
+        for f in SITE_MAPS.module_dict.values())
     backbone = (cfg.get('model') or {}).get('backbone') or {}
     there = f' (model.backbone is {backbone["type"]!r})' \
         if 'type' in backbone else ''

@@ -56,8 +56,10 @@ def count_params(model: nn.Module,
             stock += count
         if parameter.requires_grad:
             trainable += count
-            stage = next((str(s) for p, s in stages.items()
-                          if name.startswith(p + '.')), 'other')
+            stage = next(
+                (str(s)
+                 for p, s in stages.items() if name.startswith(p + '.')),
+                'other')
             by_stage[stage] = by_stage.get(stage, 0) + count
     factor = ppt_factor(trainable)
     return dict(
@@ -81,8 +83,7 @@ def part_counts(model: nn.Module) -> Dict[str, Dict[str, int]]:
     parts: Dict[str, Dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         part = name.split('.')[0]
-        if path is not None and (path == ''
-                                 or name.startswith(path + '.')):
+        if path is not None and (path == '' or name.startswith(path + '.')):
             inner = f'.{name}'.split('.peft.')
             part = path or 'model'
             if len(inner) > 1:

@@ -132,8 +132,9 @@ def _blocks_of(backbone: nn.Module) -> List[Block]:
         families = ', '.join(
             f.__name__.replace('Sites', '')
             for f in SITE_MAPS.module_dict.values())
-        raise SiteError(f'{type(backbone).__name__} has no block mmpeft knows. '
-                        f'Supported: {families} blocks.')
+        raise SiteError(
+            f'{type(backbone).__name__} has no block mmpeft knows. '
+            f'Supported: {families} blocks.')
     hosts = {host for host, _ in found}
     if hosts != {''}:
         raise SiteError(
@@ -158,7 +159,8 @@ def _build(plan: MethodPlan,
         kwargs = plan.kwargs_for(block, blocks)
         sites = plan.cls.sites_for(**kwargs)
         built.append((block, {
-            name: plan.construct(block.family.site(block, name), kwargs)
+            name:
+            plan.construct(block.family.site(block, name), kwargs)
             for name in sites
         }))
     return built
@@ -188,7 +190,9 @@ def _expand(backbone: nn.Module, freeze: Sequence[str]) -> set:
         freeze = (freeze, )
     names = set()
     for path in freeze:
-        below = [n for n, _ in backbone.named_parameters() if _below(n, [path])]
+        below = [
+            n for n, _ in backbone.named_parameters() if _below(n, [path])
+        ]
         if not below:
             parts = ', '.join(n for n, _ in backbone.named_children())
             raise PEFTError(f'freeze: {path!r} names no part of '

@@ -59,8 +59,9 @@ class MethodPlan:
         self.kwargs = kwargs
         if not re.fullmatch(r'[a-z_][a-z0-9_]*', self.name) or hasattr(
                 BlockPEFT, self.name):
-            raise PEFTError(f'name={self.name!r} cannot be part of a parameter '
-                            'key; use lower-case letters, digits and "_".')
+            raise PEFTError(
+                f'name={self.name!r} cannot be part of a parameter '
+                'key; use lower-case letters, digits and "_".')
         if self.overrides and not self.is_module:
             raise PEFTError(f'{self.cls.__name__} selects stock parameters '
                             'and has nothing to override per block; use '
@@ -91,7 +92,8 @@ class MethodPlan:
     def construct(self, site: Optional[Site] = None, kwargs=None):
         """Build the method, at a site if it is a module."""
         if self.is_module:
-            return self.cls(site, **(self.kwargs if kwargs is None else kwargs))
+            return self.cls(site,
+                            **(self.kwargs if kwargs is None else kwargs))
         return self.cls(**self.kwargs)
 
     def _check_arguments(self, kwargs: dict) -> None:
@@ -178,7 +180,9 @@ def _split(text: str, separator: str) -> List[str]:
 def _value(text: str) -> Any:
     """A Python literal; bare words are strings, also inside a list."""
     if text[:1] in '[(' and text[-1:] in '])':
-        return [_value(t.strip()) for t in _split(text[1:-1], ',') if t.strip()]
+        return [
+            _value(t.strip()) for t in _split(text[1:-1], ',') if t.strip()
+        ]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

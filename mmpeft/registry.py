@@ -21,8 +21,7 @@ HOOKS = Registry(
     locations=['mmpeft.engine.hooks'],
     scope='mmpeft')
 # WHAT is attached: one class per published method.
-METHODS = Registry(
-    'peft method', locations=['mmpeft.methods'], scope='mmpeft')
+METHODS = Registry('peft method', locations=['mmpeft.methods'], scope='mmpeft')
 # WHERE it can be attached: one class per family of transformer blocks.
 SITE_MAPS = Registry(
     'site map', locations=['mmpeft.backbones'], scope='mmpeft')

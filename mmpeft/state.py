@@ -79,8 +79,8 @@ def init_weights(self: nn.Module) -> None:
     try:
         type(self).init_weights(self)
     except RuntimeError as error:
-        line = next((t for t in str(error).splitlines()
-                     if 'size mismatch' in t), None)
+        line = next(
+            (t for t in str(error).splitlines() if 'size mismatch' in t), None)
         if line is None:
             raise
         raise PEFTError(
@@ -102,8 +102,8 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
     if mode:
         state = self.peft
         for module in _stock_modules(self):
-            trains = any(p.requires_grad
-                         for p in module.parameters(recurse=False))
+            trains = any(
+                p.requires_grad for p in module.parameters(recurse=False))
             if isinstance(module, _BatchNorm) and not trains:
                 module.training = False
             elif state.eval_frozen and module is not self and not trains:

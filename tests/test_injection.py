@@ -92,8 +92,7 @@ def test_unreached_stages_are_left_out(library):
 
 
 def test_eval_frozen(library, image):
-    _, peft = build_pair(
-        library, 'Mona:dim=4,drop_rate=0', eval_frozen=True)
+    _, peft = build_pair(library, 'Mona:dim=4,drop_rate=0', eval_frozen=True)
     assert peft.train() is peft and peft.training
     assert attached_modules(peft)[0].training
     assert not peft.stages[1].blocks[1].norm1.training
@@ -142,8 +141,10 @@ def test_pretrained_weights_count_as_loaded(library, tmp_path):
     bare(image)
     missing = 'backbone.stages.1.blocks.0.attn.w_msa.qkv.weight'
     torch.save(
-        dict(state_dict={k: v
-                         for k, v in state.items() if k != missing}), path)
+        dict(state_dict={
+            k: v
+            for k, v in state.items() if k != missing
+        }), path)
     with pytest.raises(PEFTError, match='1 of .* frozen weights.*qkv.weight'):
         build()(image)
 

@@ -49,8 +49,7 @@ def test_start(name, library, image):
     if name in IDENTITY:
         assert equal(expected, found)
     else:
-        difference = max(
-            (x - y).abs().max() for x, y in zip(expected, found))
+        difference = max((x - y).abs().max() for x, y in zip(expected, found))
         # The published starts: near the identity, and not.
         assert difference < (1e-3 if name == 'Adapter' else 1)
         assert difference > 0
@@ -75,9 +74,8 @@ def test_sites_without_modules_are_bit_equal(library, image):
             grads.append([p.grad for p in backbone.parameters()])
         assert equal(*grads)
     eject(bare)
-    assert [type(m) for m in bare.modules()] == [
-        type(m) for m in stock.modules()
-    ]
+    assert [type(m)
+            for m in bare.modules()] == [type(m) for m in stock.modules()]
 
 
 @pytest.mark.parametrize('name', [n for n in METHODS if n != 'Frozen'])
@@ -103,8 +101,6 @@ def test_declared_parameters_get_gradients(name, library, image):
     assert all(
         torch.equal(p, before[n]) for n, p in peft.named_parameters()
         if n not in declared)
-
-
 
 
 @pytest.mark.parametrize('name', ['Adapter', 'AdaptFormer', 'LoRA', 'Mona'])
@@ -187,6 +183,5 @@ def test_eject_gives_back_stock(library, image):
     eject(peft)
     assert list(peft.state_dict()) == list(stock.state_dict())
     assert equal(outputs(peft, image), outputs(stock, image))
-    assert [type(m) for m in peft.modules()] == [
-        type(m) for m in MODELS.build(stock_cfg(library)).modules()
-    ]
+    assert [type(m) for m in peft.modules()
+            ] == [type(m) for m in MODELS.build(stock_cfg(library)).modules()]

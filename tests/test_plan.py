@@ -12,15 +12,11 @@ def names(method):
 
 def test_strings():
     assert parse_method_string('Mona') == [dict(type='Mona')]
-    assert parse_method_string('LoRA:rank=8,targets=[q,v],rslora=True+LNTune'
-                               ) == [
-                                   dict(
-                                       type='LoRA',
-                                       rank=8,
-                                       targets=['q', 'v'],
-                                       rslora=True),
-                                   dict(type='LNTune')
-                               ]
+    assert parse_method_string(
+        'LoRA:rank=8,targets=[q,v],rslora=True+LNTune') == [
+            dict(type='LoRA', rank=8, targets=['q', 'v'], rslora=True),
+            dict(type='LNTune')
+        ]
     assert parse_method_string('Adapter:placement=pfeiffer,init_std=1e-2') == [
         dict(type='Adapter', placement='pfeiffer', init_std=.01)
     ]
@@ -32,9 +28,8 @@ def test_strings():
 
 
 def test_names():
-    assert names(['LoRA', dict(type='LNTune'), 'AdaptFormer']) == [
-        'lora', 'ln_tune', 'adaptformer'
-    ]
+    assert names(['LoRA', dict(type='LNTune'),
+                  'AdaptFormer']) == ['lora', 'ln_tune', 'adaptformer']
     assert names(dict(type='mmpeft.Mona', name='task_a')) == ['task_a']
     with pytest.raises(PEFTError, match='Two methods are named .lora.'):
         parse_methods('LoRA+LoRA')
@@ -63,9 +58,8 @@ def test_blocks(library):
     def paths(pattern):
         return [b.path for b in match_blocks(pattern, blocks, 'layers')]
 
-    assert [b.path for b in blocks] == [
-        f'stages.{s}.blocks.{b}' for s in (0, 1) for b in (0, 1)
-    ]
+    assert [b.path for b in blocks
+            ] == [f'stages.{s}.blocks.{b}' for s in (0, 1) for b in (0, 1)]
     assert paths(-1) == paths([3]) == paths('-1') == ['stages.1.blocks.1']
     assert paths('stage:0') == paths(r'stages\.0\..*') == [
         'stages.0.blocks.0', 'stages.0.blocks.1'

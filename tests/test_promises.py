@@ -28,8 +28,8 @@ def base(tmp_path_factory):
     torch.manual_seed(7)
     backbone = MODELS.build(segmentor.BACKBONE)
     state = {
-        f'backbone.{k}': v + .02 * torch.randn(v.shape)
-        if v.is_floating_point() else v
+        f'backbone.{k}':
+        v + .02 * torch.randn(v.shape) if v.is_floating_point() else v
         for k, v in backbone.state_dict().items()
         if not k.startswith(('norm0', 'norm1'))
     }
@@ -50,8 +50,7 @@ def script(*args, ranks=1, port=29611):
             f'--master_port={port}'
         ]
         command.append('pytorch')
-    env = dict(
-        os.environ, PYTHONPATH=osp.dirname(HERE), OMP_NUM_THREADS='1')
+    env = dict(os.environ, PYTHONPATH=osp.dirname(HERE), OMP_NUM_THREADS='1')
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -164,15 +163,16 @@ def test_only_the_declared_parameters_move(base, method):
     runner, _ = segmentor.train(cfg, remember)
     for name, parameter in runner.model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad
-        assert parameter.requires_grad == (
-            not name.startswith('backbone.') or '.peft.' in name
-            or ('LNTune' in method and 'norm' in name))
+        assert parameter.requires_grad == (not name.startswith('backbone.')
+                                           or '.peft.' in name
+                                           or ('LNTune' in method
+                                               and 'norm' in name))
 
 
 def test_resume_equals_one_run(base, tmp_path):
     whole, losses = segmentor.train(
-        segmentor.config('Mona:dim=4,drop_rate=0', iters=4,
-                         **pretrained(base)))
+        segmentor.config(
+            'Mona:dim=4,drop_rate=0', iters=4, **pretrained(base)))
     first = segmentor.config(
         'Mona:dim=4,drop_rate=0',
         work_dir=str(tmp_path),

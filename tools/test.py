@@ -50,9 +50,7 @@ def parse_args():
     parser.add_argument(
         '--no-pin-memory', action='store_true', help='mmpretrain only')
     parser.add_argument(
-        '--no-persistent-workers',
-        action='store_true',
-        help='mmpretrain only')
+        '--no-persistent-workers', action='store_true', help='mmpretrain only')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],

@@ -21,7 +21,8 @@ def parse_args():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        'config', help='config file, or the name of a shipped one, such as '
+        'config',
+        help='config file, or the name of a shipped one, such as '
         'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
     parser.add_argument(
         '--method',
@@ -60,17 +61,14 @@ def parse_args():
     parser.add_argument(
         '--no-pin-memory', action='store_true', help='mmpretrain only')
     parser.add_argument(
-        '--no-persistent-workers',
-        action='store_true',
-        help='mmpretrain only')
+        '--no-persistent-workers', action='store_true', help='mmpretrain only')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument(
-        '--debug', action='store_true', help='show tracebacks')
+    parser.add_argument('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

@@ -143,7 +143,10 @@ class SiteMap:
         rows = {}
         if name == 'qkv':
             size = module.out_features // 3
-            rows = {p: (i * size, i * size + size) for i, p in enumerate('qkv')}
+            rows = {
+                p: (i * size, i * size + size)
+                for i, p in enumerate('qkv')
+            }
         return Site(name, module.in_features, module.out_features, block.path,
                     block.stage, rows)
 

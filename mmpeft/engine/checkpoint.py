@@ -114,9 +114,7 @@ def load_exactly(model: torch.nn.Module, state: Dict[str, Any],
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
-    other = [
-        k for k in own if k in state and state[k].shape != own[k].shape
-    ]
+    other = [k for k in own if k in state and state[k].shape != own[k].shape]
     for what, keys in (('lacks', missing), ('has besides', extra),
                        ('has in another shape', other)):
         if keys:
@@ -128,8 +126,8 @@ def load_exactly(model: torch.nn.Module, state: Dict[str, Any],
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, dict) and str(hook.get(
-        'type', '')).startswith('mmpeft.')
+    return isinstance(hook, dict) and str(hook.get('type',
+                                                   '')).startswith('mmpeft.')
 
 
 def _method_name(key: str) -> str:

@@ -28,8 +28,8 @@ def merge_checkpoint(args: Namespace) -> int:
         PEFTError: If files or config do not fit.
         MergeError: If the merge would not be exact.
     """
-    if osp.exists(args.out) and (not args.force or osp.samefile(
-            args.out, args.checkpoint)):
+    if osp.exists(args.out) and (not args.force
+                                 or osp.samefile(args.out, args.checkpoint)):
         raise PEFTError(f'{args.out} exists already; choose another file, or '
                         '--force (never the checkpoint itself).')
     cfg = read_config(args)

@@ -11,8 +11,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..config import (add_method, find_peft_backbones, load_config,
-                      method_title)
+from ..config import add_method, find_peft_backbones, load_config, method_title
 from ..errors import PEFTError
 from ..plan import parse_methods
 from ..preflight import check_files

@@ -10,8 +10,7 @@ from ..config import method_title
 from ..errors import PEFTError
 from ..preflight import check_files
 from .checkpoint import match_checkpoint
-from .run import (build_runner, read_config, set_default_collate,
-                  set_work_dir)
+from .run import build_runner, read_config, set_default_collate, set_work_dir
 
 __all__ = ['prepare', 'run_test']
 
@@ -72,8 +71,7 @@ def _paint(cfg: Config, args: Namespace, scope: str) -> None:
                         'visualization in the config, as stock configs have.')
     hook.update(show=args.show, wait_time=args.wait_time)
     if scope == 'mmpretrain':
-        hook.update(
-            enable=True, out_dir=args.show_dir, interval=args.interval)
+        hook.update(enable=True, out_dir=args.show_dir, interval=args.interval)
         return
     hook['draw'] = True
     if args.show_dir and scope == 'mmseg':
@@ -86,8 +84,8 @@ def _paint(cfg: Config, args: Namespace, scope: str) -> None:
 TTA_MODELS = dict(
     mmdet=dict(
         type='mmdet.DetTTAModel',
-        tta_cfg=dict(
-            nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+        tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5),
+                     max_per_img=100)),
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'))
 FLIP_META = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor',
              'flip', 'flip_direction')

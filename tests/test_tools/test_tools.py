@@ -93,8 +93,8 @@ def test_test_merge_and_test_again(trained, stock_config, tmp_path):
     model.load_state_dict(torch.load(merged)['state_dict'], strict=True)
 
     results = []
-    for cfg, file in ((config, checkpoint), (config, merged),
-                      (stock_config, merged)):
+    for cfg, file in ((config, checkpoint), (config, merged), (stock_config,
+                                                               merged)):
         out = str(tmp_path / f'out{len(results)}')
         command('test.py', cfg, file, '--work-dir', out)
         scores = []
@@ -124,7 +124,12 @@ def test_resume(trained, stock_config, tmp_path):
 def test_merge_refusals(stock_config, tmp_path):
     out = str(tmp_path / 'x.pth')
     missing = command(
-        'merge_peft.py', stock_config, 'no.pth', out, '--method', 'Mona:dim=4',
+        'merge_peft.py',
+        stock_config,
+        'no.pth',
+        out,
+        '--method',
+        'Mona:dim=4',
         status=2)
     assert "There is no checkpoint 'no.pth'" in missing.stderr
     assert missing.stderr.count('\n') == 1 or 'Error:' in \
@@ -133,8 +138,13 @@ def test_merge_refusals(stock_config, tmp_path):
     garbage.write_bytes(b'not a checkpoint')
     for method in ('Mona:dim=4', 'LoRA:rank=4'):
         done = command(
-            'merge_peft.py', stock_config, str(garbage), out, '--method',
-            method, status=2)
+            'merge_peft.py',
+            stock_config,
+            str(garbage),
+            out,
+            '--method',
+            method,
+            status=2)
         assert 'cannot be read as a checkpoint' in done.stderr
     assert not osp.exists(out)
 
@@ -146,12 +156,18 @@ def test_merge_refusals(stock_config, tmp_path):
     (['--method', 'LoRA:rank=4'], 'were never loaded'),
     (['--at', 'model.backbone'], 'give both'),
     (['--cfg-options', 'x'], 'is not KEY=VALUE'),
-    (['--method', 'Mona:dim=4', '--cfg-options',
-      'model.backbone.frozen_stages=1'], 'frozen_stages=1'),
+    ([
+        '--method', 'Mona:dim=4', '--cfg-options',
+        'model.backbone.frozen_stages=1'
+    ], 'frozen_stages=1'),
 ])
 def test_mistakes_are_one_sentence(stock_config, tmp_path, arguments, says):
     done = command(
-        'train.py', stock_config, '--work-dir', str(tmp_path), *arguments,
+        'train.py',
+        stock_config,
+        '--work-dir',
+        str(tmp_path),
+        *arguments,
         status=2)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('Error: ') and says in last
@@ -177,13 +193,31 @@ def test_count_params_json(stock_config):
 def test_dist_train_and_test(stock_config, tmp_path):
     os.environ['PORT'] = str(29700 + os.getpid() % 200)
     method = ['--method', 'Mona:dim=4']
-    command('dist_train.sh', stock_config, '2', *method, '--work-dir',
-            str(tmp_path), '--cfg-options', RANDOM, script=True)
+    command(
+        'dist_train.sh',
+        stock_config,
+        '2',
+        *method,
+        '--work-dir',
+        str(tmp_path),
+        '--cfg-options',
+        RANDOM,
+        script=True)
     checkpoint = str(tmp_path / 'iter_3.pth')
-    command('dist_test.sh', stock_config, checkpoint, '2', *method,
-            '--work-dir', str(tmp_path), script=True)
+    command(
+        'dist_test.sh',
+        stock_config,
+        checkpoint,
+        '2',
+        *method,
+        '--work-dir',
+        str(tmp_path),
+        script=True)
     failed = subprocess.run([
-        'bash', osp.join(ROOT, 'tools', 'dist_train.sh'), stock_config, '2',
+        'bash',
+        osp.join(ROOT, 'tools', 'dist_train.sh'), stock_config, '2',
         '--method', 'Moan'
-    ], env=dict(os.environ, PYTHON=sys.executable), capture_output=True)
+    ],
+                            env=dict(os.environ, PYTHON=sys.executable),
+                            capture_output=True)
     assert failed.returncode != 0

@@ -93,10 +93,9 @@ class PEFTReportHook(Hook):
 
     def _watch(self, model: nn.Module) -> None:
         self._left = self.check_after
-        hosts = {
-            host
-            for host, block in find_family(model) or ()
-        } or ({'backbone'} if hasattr(model, 'backbone') else set())
+        hosts = {host
+                 for host, block in find_family(model) or ()
+                 } or ({'backbone'} if hasattr(model, 'backbone') else set())
         for host in hosts:
             backbone = model.get_submodule(host)
             names = {id(m): n for n, m in backbone.named_modules()}
@@ -109,8 +108,7 @@ class PEFTReportHook(Hook):
                 if parameter.requires_grad:
                     self._silent_parameters.add(name)
                     self._handles.append(
-                        parameter.register_hook(
-                            partial(self._received, name)))
+                        parameter.register_hook(partial(self._received, name)))
 
     def _ran(self, name: str, *args) -> None:
         self._silent_modules.discard(name)
@@ -140,8 +138,8 @@ def _table(model: nn.Module, counts: dict) -> str:
     rows = [('part', 'parameters', 'trainable', '%')]
     for part, count in part_counts(model).items():
         rows.append(_row(part, count['total'], count['trainable']))
-    rows.append(_row('model', counts['model_total'],
-                     counts['model_trainable']))
+    rows.append(
+        _row('model', counts['model_total'], counts['model_trainable']))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         '  '.join([row[0].ljust(widths[0])] +
@@ -149,10 +147,9 @@ def _table(model: nn.Module, counts: dict) -> str:
         for row in rows
     ]
     share = counts['backbone_trainable'] / max(counts['backbone_total'], 1)
-    lines.append(
-        f'backbone: {counts["backbone_trainable"]:,} trainable '
-        f'({share:.2%} of the stock backbone), PPT factor '
-        f'{counts["ppt_factor"]:.4f}')
+    lines.append(f'backbone: {counts["backbone_trainable"]:,} trainable '
+                 f'({share:.2%} of the stock backbone), PPT factor '
+                 f'{counts["ppt_factor"]:.4f}')
     return '\n'.join(lines)
 
 
