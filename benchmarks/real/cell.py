@@ -46,7 +46,7 @@ train_dataloader = dict(dataset=dict({train}))
 val_dataloader = dict(dataset=dict({val}))
 test_dataloader = val_dataloader
 {evaluator}
-optim_wrapper = dict(optimizer=dict(lr={lr!r}))
+optim_wrapper = dict({optim})
 randomness = dict(seed={seed})
 {length}
 default_hooks = dict(checkpoint=dict({keep}))
@@ -80,6 +80,12 @@ def cell_config(cell: Cell, places: Places) -> str:
     if cell.iters:
         length = (f'train_cfg = dict(max_iters={cell.iters}, '
                   f'val_interval={cell.iters})')
+    optim = f'optimizer=dict(lr={cell.lr!r})'
+    if cell.head_mult != 1:
+        # Substrings of the names of all that is not the backbone.
+        parts = ', '.join(f'{part}=dict(lr_mult={cell.head_mult!r})'
+                          for part in ('neck', 'head'))
+        optim += f', paramwise_cfg=dict(custom_keys=dict({parts}))'
     # Only the reported runs keep their weights.
     keep = '' if cell.phase == 'final' else 'interval=10**9, save_last=False'
     return CONFIG.format(
@@ -88,7 +94,7 @@ def cell_config(cell: Cell, places: Places) -> str:
         train=train,
         val=val,
         evaluator=evaluator,
-        lr=cell.lr,
+        optim=optim,
         seed=cell.seed,
         length=length,
         keep=keep,

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -33,6 +33,9 @@ class Task:
         tune_seed (int): Seed of the runs that choose the learning rate.
         seeds (tuple): Seeds of the runs that are reported. Empty: the runs
             of the grid are reported, on images that chose nothing.
+        head_mult (float, optional): The chosen rate is tried once more with
+            the new layers (neck and head) at so many times the rate; the
+            better of the two is kept.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Task:
     grid: tuple
     tune_seed: int
     seeds: tuple = ()
+    head_mult: Optional[float] = None
 
     @property
     def config_path(self) -> Path:
@@ -55,7 +59,8 @@ TASKS = {
         metric='mIoU',
         grid=(5e-4, 1.5e-3, 4.5e-3, 1.35e-2),
         tune_seed=100,
-        seeds=(0, 1, 2)),
+        seeds=(0, 1, 2),
+        head_mult=3.),
     'coco-mini':
     Task(
         name='coco-mini',
@@ -79,6 +84,7 @@ class Cell:
             rate) or 'final' (on those that are reported).
         iters (int, optional): Fewer iterations than the config says, to try
             the study out.
+        head_mult (float): Factor on ``lr`` for neck and head.
     """
 
     task: str
@@ -87,10 +93,12 @@ class Cell:
     seed: int
     phase: str
     iters: Optional[int] = None
+    head_mult: float = 1.
 
     @property
     def name(self) -> str:
-        short = f'_iters{self.iters}' if self.iters else ''
+        short = f'_head{self.head_mult:g}' if self.head_mult != 1 else ''
+        short += f'_iters{self.iters}' if self.iters else ''
         return (f'{self.task}_{self.phase}_{self.method.lower()}_'
                 f'lr{self.lr:g}_seed{self.seed}{short}')
 
@@ -105,6 +113,9 @@ class Cell:
             spec=METHODS[self.method],
             # The first statement is the docstring.
             config=[ast.dump(node) for node in tree.body[1:]])
+        if self.head_mult == 1:
+            # The field is younger than some results.
+            del content['head_mult']
         blob = json.dumps(content, sort_keys=True).encode()
         return hashlib.sha256(blob).hexdigest()[:16]
 
@@ -124,13 +135,22 @@ def walk_grid(task: Task,
     """The one rule for all methods: climb the grid from its middle.
 
     The middle of the grid is tried (one rate or two); while the best is the
-    lowest or the highest that was tried, the next one beyond it is.
+    lowest or the highest that was tried, the next one beyond it is. Then, if
+    the task has a ``head_mult``, the best once more with that.
 
     Returns:
         tuple: The cells to run next, none when the walk is over, and the
         finished ones, best first. A failed cell counts as tried, not as good;
         a tie goes to the smaller rate.
     """
+
+    def ranked(tried):
+        done = [c for c in tried if results[c.name]['status'] == 'done']
+        return sorted(
+            done,
+            key=lambda c:
+            (-results[c.name]['tune'][task.metric], c.lr, c.head_mult))
+
     cells = [c for c in tuning_cells(task, iters) if c.method == method]
     low, high = (len(cells) - 1) // 2, len(cells) // 2
     while True:
@@ -138,24 +158,28 @@ def walk_grid(task: Task,
         missing = [c for c in tried if c.name not in results]
         if missing:
             return missing, []
-        done = [c for c in tried if results[c.name]['status'] == 'done']
-        done.sort(key=lambda c: (-results[c.name]['tune'][task.metric], c.lr))
+        done = ranked(tried)
         best = cells.index(done[0]) if done else low
         if best == low and low > 0:
             low -= 1
         elif best == high and high < len(cells) - 1:
             high += 1
-        else:
+        elif not done or task.head_mult is None:
             return [], done
+        else:
+            faster = replace(done[0], head_mult=task.head_mult)
+            if faster.name not in results:
+                return [faster], []
+            return [], ranked([*tried, faster])
 
 
-def choose_lr(task: Task,
-              results: dict[str, dict],
-              method: str,
-              iters: Optional[int] = None) -> Optional[float]:
-    """The best learning rate, None until the walk over the grid has ended."""
+def choose(task: Task,
+           results: dict[str, dict],
+           method: str,
+           iters: Optional[int] = None) -> Optional[Cell]:
+    """The best tuning cell, None until the walk over the grid has ended."""
     done = walk_grid(task, results, method, iters)[1]
-    return done[0].lr if done else None
+    return done[0] if done else None
 
 
 def next_cells(task: Task,
@@ -166,22 +190,9 @@ def next_cells(task: Task,
         c for method in METHODS
         for c in walk_grid(task, results, method, iters)[0]
     ]
-    order = {c.name: i for i, c in enumerate(tuning_cells(task, iters))}
-    cells.sort(key=lambda c: order[c.name])
+    cells.sort(key=lambda c: (c.head_mult, c.lr))
     cells += final_cells(task, results, iters)
     return [c for c in cells if c.name not in results]
-
-
-def final_cells(task: Task,
-                results: dict[str, dict],
-                iters: Optional[int] = None) -> list[Cell]:
-    """The reported runs whose learning rate is known, all methods by seed."""
-    chosen = {m: choose_lr(task, results, m, iters) for m in METHODS}
-    return [
-        Cell(task.name, method, chosen[method], seed, 'final', iters)
-        for seed in task.seeds for method in METHODS
-        if chosen[method] is not None
-    ]
 
 
 def reported_cells(task: Task,
@@ -189,12 +200,18 @@ def reported_cells(task: Task,
                    method: str,
                    iters: Optional[int] = None) -> list[Cell]:
     """The cells behind one row of the table, whether run or not."""
-    lr = choose_lr(task, results, method, iters)
-    if lr is None:
+    best = choose(task, results, method, iters)
+    if best is None:
         return []
     if not task.seeds:
-        return [Cell(task.name, method, lr, task.tune_seed, 'tune', iters)]
-    return [
-        Cell(task.name, method, lr, seed, 'final', iters)
-        for seed in task.seeds
-    ]
+        return [best]
+    return [replace(best, phase='final', seed=seed) for seed in task.seeds]
+
+
+def final_cells(task: Task,
+                results: dict[str, dict],
+                iters: Optional[int] = None) -> list[Cell]:
+    """The reported runs whose learning rate is known, all methods by seed."""
+    rows = [reported_cells(task, results, m, iters) for m in METHODS]
+    cells = [c for row in rows for c in row if c.phase == 'final']
+    return sorted(cells, key=lambda c: task.seeds.index(c.seed))

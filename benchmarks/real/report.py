@@ -2,11 +2,12 @@
 
 import platform
 import shlex
+from dataclasses import replace
 from statistics import mean, stdev
 from textwrap import fill
 
 from benchmarks.real.cell import ppt
-from benchmarks.real.plan import (METHODS, TASKS, Task, choose_lr,
+from benchmarks.real.plan import (METHODS, TASKS, Cell, Task, choose,
                                   reported_cells, tuning_cells)
 
 COMMAND = 'python benchmarks/real/run.py --data-root DIR'
@@ -41,10 +42,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         for line in lines)
 
 
-def _edge(task: Task, lr: float) -> str:
-    """Marks a learning rate at the end of the grid."""
-    return f'{lr:g}' + (' (edge)' if lr in (min(task.grid),
-                                            max(task.grid)) else '')
+def _rates(task: Task, best: Cell) -> str:
+    """The chosen rates; marks one at the end of the grid."""
+    text = f'{best.lr:g}'
+    if best.head_mult != 1:
+        text += f', head {best.lr * best.head_mult:g}'
+    ends = min(task.grid), max(task.grid)
+    return text + (' (edge)' if best.lr in ends else '')
 
 
 def done_results(task: Task, results: dict[str, dict], method: str) -> list:
@@ -59,7 +63,7 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
     rows, columns = [], COLUMNS[task.name]
     for method in METHODS:
         done = done_results(task, results, method)
-        lr = choose_lr(task, results, method)
+        best = choose(task, results, method)
         row = [method]
         row += [spread([r['final'][name] for r in done]) for name in columns]
         if done:
@@ -71,7 +75,7 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
             ]
         else:
             row += ['not measured'] * 3
-        row.append(_edge(task, lr) if lr is not None else 'not measured')
+        row.append(_rates(task, best) if best else 'not measured')
         if task.seeds:
             row.append(', '.join(str(r['seed']) for r in done) or 'none')
         rows.append(row)
@@ -81,10 +85,13 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
 def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
     rows = []
     for method in METHODS:
-        row, best = [method], choose_lr(task, results, method)
-        for cell in tuning_cells(task):
-            if cell.method != method:
-                continue
+        row, best = [method], choose(task, results, method)
+        cells = [c for c in tuning_cells(task) if c.method == method]
+        if task.head_mult:
+            # One of these was run, at the best rate of the grid.
+            faster = [replace(c, head_mult=task.head_mult) for c in cells]
+            cells += [c for c in faster if c.name in results][:1]
+        for cell in cells:
             result = results.get(cell.name)
             if result is None:
                 text = '-' if best else 'not measured'
@@ -92,8 +99,9 @@ def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
                 text = 'failed'
             else:
                 text = f"{result['tune'][task.metric]:.2f}"
-            row.append(f'**{text}**' if cell.lr == best else text)
-        rows.append(row)
+            row.append(f'**{text}**' if cell == best else text)
+        missing = len(task.grid) + 1 + bool(task.head_mult) - len(row)
+        rows.append(row + ['not measured'] * missing)
     return rows
 
 
@@ -137,6 +145,9 @@ def recipe(task: Task) -> str:
             'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
     text += ('Each method starts in the middle of the grid and goes on while '
              'the best is the last one tried. ')
+    if task.head_mult:
+        text += ('The best is tried once more with the head at '
+                 f'{task.head_mult:g} times the rate. ')
     if task.seeds:
         return text + (
             f'Chosen by {task.metric} on the val split with seed '
@@ -155,6 +166,8 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
     if task.seeds:
         head.append('Seeds')
     rates = [f'{lr:g}' for lr in task.grid]
+    if task.head_mult:
+        rates.append(f'best, head x {task.head_mult:g}')
     parts = [
         f'## {TITLES[task.name]}',
         f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.real import cell as cell_module  # noqa: E402
 from benchmarks.real import data, report  # noqa: E402
-from benchmarks.real.plan import next_cells  # noqa: E402
-from benchmarks.real.plan import TASKS, final_cells, tuning_cells
+from benchmarks.real.plan import TASKS, next_cells, tuning_cells  # noqa: E402
 from benchmarks.real.pretrain import pretrain  # noqa: E402
 
 DEFAULT_CACHE = Path(os.environ.get(
@@ -94,14 +93,21 @@ class Study:
     def load(self, name: str) -> None:
         """Reads the cached results of a task."""
         task, iters = TASKS[name], self.args.iters
-        # The reported cells are known once the tuning results are.
-        for plan in (lambda: tuning_cells(task, iters),
-                     lambda: final_cells(task, self.results, iters)):
-            for cell in plan():
+        # What comes next is known once what it depends on is read. A failed
+        # cell that is to be tried again stays among the next.
+        seen = set()
+        cells = tuning_cells(task, iters)
+        while cells:
+            for cell in cells:
+                seen.add(cell.name)
                 result = cell_module.read_result(cell, self.places)
                 if result and not (result['status'] == 'failed'
                                    and self.args.retry_failed):
                     self.results[cell.name] = result
+            cells = [
+                c for c in next_cells(task, self.results, iters)
+                if c.name not in seen
+            ]
 
     def take(self, name: str):
         """Waits for a cell that can run; None when there will be none."""
