@@ -1,7 +1,6 @@
 """Checkpoints: which model they belong to, and writing them safely."""
 import os
 import os.path as osp
-import tempfile
 from typing import Any, Dict
 
 import torch
@@ -43,17 +42,17 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 def write_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
     """Write a checkpoint completely or not at all."""
-    folder = osp.dirname(osp.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        if osp.exists(temporary):
+            os.unlink(temporary)
         raise
 
 
