@@ -67,10 +67,9 @@ def walk(task, best):
     while cells := plan.next_cells(task, results):
         cell = cells[0]
         order.append(cell)
-        score = 30. - abs(task.grid.index(cell.lr) - best)
-        # The faster head helps Mona only.
-        score += (0.5 if cell.method == 'Mona' else -0.5) * (
-            cell.head_mult > 1)
+        score = 30.
+        if cell.phase == 'tune':
+            score -= abs(task.grid.index(cell.lr) - best)
         results[cell.name] = fake_result(cell, score)
     return results, order
 
@@ -83,16 +82,18 @@ def test_grid_is_climbed_from_its_middle(best):
     rates = CAMVID.grid[:3] if best < 2 else CAMVID.grid[1:]
     for method in plan.METHODS:
         assert {c.lr for c in tuned if c.method == method} == set(rates)
-        chosen = plan.choose(CAMVID, results, method)
-        assert chosen.lr == CAMVID.grid[best]
-        assert chosen.head_mult == (3 if method == 'Mona' else 1)
-        faster = [c for c in tuned if c.method == method and c.head_mult > 1]
-        assert [c.lr for c in faster] == [CAMVID.grid[best]]
-    final = order[len(tuned):]
-    assert {c.phase for c in final} == {'final'}
+        assert plan.choose(CAMVID, results, method).lr == CAMVID.grid[best]
+    final = [c for c in order if c.phase == 'final']
+    why = [c for c in order if c.phase == 'why']
+    assert order == tuned + final + why
     # Seeds go round: what a stopped study has is equal for all methods.
     assert [c.seed for c in final] == sorted(c.seed for c in final)
     assert len(final) == 3 * len(plan.METHODS)
+    for cell in why:
+        assert cell.seed == 0
+        if cell.stretch == 1:
+            head = cell.lr * cell.head_mult
+            assert head == pytest.approx(CAMVID.grid[best])
 
 
 def test_reported_runs_wait_for_the_learning_rate():
@@ -113,9 +114,6 @@ def test_failed_learning_rate_is_not_chosen():
     # 1 is now the best of 1 and 2, so 0 has to be tried.
     wanted = plan.next_cells(CAMVID, results)
     assert [c.lr for c in wanted] == [CAMVID.grid[0]]
-    results[wanted[0].name] = fake_result(wanted[0], 1.)
-    wanted = plan.next_cells(CAMVID, results)
-    assert [(c.lr, c.head_mult) for c in wanted] == [(CAMVID.grid[1], 3)]
     results[wanted[0].name] = fake_result(wanted[0], 1.)
     assert plan.choose(CAMVID, results, 'Full').lr == CAMVID.grid[1]
     assert 'diverged' in report.render(results)
@@ -204,7 +202,7 @@ def test_result_of_another_config_is_not_used(places, one_cell, monkeypatch):
 
 
 @pytest.mark.parametrize('task', list(plan.TASKS))
-@pytest.mark.parametrize('phase', ['tune', 'final'])
+@pytest.mark.parametrize('phase', ['tune', 'final', 'why'])
 def test_cell_config_is_read(places, task, phase):
     config = pytest.importorskip('mmengine.config').Config
     pytest.importorskip('mmseg')
@@ -222,10 +220,25 @@ def test_cell_config_is_read(places, task, phase):
     assert cfg.model.backbone.init_cfg.checkpoint == str(places.checkpoint)
     assert cfg.test_dataloader.dataset == cfg.val_dataloader.dataset
     if task == 'camvid':
-        split = dict(tune='val', final='test')[phase]
+        split = 'val' if phase == 'tune' else 'test'
         assert cfg.val_dataloader.dataset.data_prefix == dict(
             img_path=f'images/{split}', seg_map_path=f'annotations/{split}')
         assert cfg.model.data_preprocessor.size == (180, 240)
+
+
+def test_longer_run_stretches_the_schedule(places):
+    cell = plan.Cell('camvid', 'Mona', 0.003, 7, 'why', stretch=3)
+    file = places.cache / 'cell.py'
+    file.parent.mkdir(parents=True)
+    file.write_text(cell_module.cell_config(cell, places))
+    config = pytest.importorskip('mmengine.config').Config
+    pytest.importorskip('mmseg')
+    short = config.fromfile(CAMVID.config_path, import_custom_modules=False)
+    cfg = config.fromfile(file, import_custom_modules=False)
+    iters = 3 * short.train_cfg.max_iters
+    assert cfg.train_cfg.max_iters == cfg.train_cfg.val_interval == iters
+    assert cfg.param_scheduler[1].end == iters
+    assert cfg.param_scheduler[0] == short.param_scheduler[0]
 
 
 def test_class_agnostic_keeps_everything_else():
@@ -303,8 +316,8 @@ def test_study_resumes(tmp_path, monkeypatch):
     args = types.SimpleNamespace(
         budget=None, jobs=2, iters=None, retry_failed=False)
     run.Study(places, args).run_task('camvid')
-    # All tie, so the walk goes down: three of four rates, and the head.
-    total = len(plan.METHODS) * (4 + len(CAMVID.seeds))
+    # All tie, so the walk goes down: three of the four rates.
+    total = len(plan.METHODS) * (3 + len(CAMVID.seeds)) + 10
     assert len(ran) == len(set(ran)) == total
     run.Study(places, args).run_task('camvid')
     assert len(ran) == total

@@ -56,13 +56,27 @@ custom_hooks = [
 """
 
 
+def _stretched(cell: Cell) -> str:
+    """The schedule of the task, longer but for the warm-up."""
+    from mmengine.config import Config
+
+    import mmpeft  # noqa: F401 (makes the names mmseg::… resolve)
+    cfg = Config.fromfile(
+        TASKS[cell.task].config_path, import_custom_modules=False)
+    schedule = cfg.to_dict()['param_scheduler']
+    iters = cfg.train_cfg.max_iters * cell.stretch
+    schedule[-1]['end'] = iters
+    return (f'train_cfg = dict(max_iters={iters}, val_interval={iters})\n'
+            f'param_scheduler = {schedule!r}')
+
+
 def cell_config(cell: Cell, places: Places) -> str:
     """The text of the config file of a cell: paths, rate, seed, split."""
     folder = places.folder(cell)
     evaluator = ''
     if cell.task == 'camvid':
         data = repr(str(places.cache / 'camvid_240x180'))
-        split = dict(tune='val', final='test')[cell.phase]
+        split = 'val' if cell.phase == 'tune' else 'test'
         train = f'data_root={data}'
         val = (f"data_root={data}, data_prefix=dict(img_path='images/{split}',"
                f" seg_map_path='annotations/{split}')")
@@ -80,6 +94,8 @@ def cell_config(cell: Cell, places: Places) -> str:
     if cell.iters:
         length = (f'train_cfg = dict(max_iters={cell.iters}, '
                   f'val_interval={cell.iters})')
+    if cell.stretch != 1:
+        length += _stretched(cell)
     optim = f'optimizer=dict(lr={cell.lr!r})'
     if cell.head_mult != 1:
         # Substrings of the names of all that is not the backbone.

@@ -3,9 +3,12 @@
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
+
+# How much longer the long runs of the examination are.
+STRETCH = 3
 
 CONFIGS = Path(__file__).parent / 'configs'
 
@@ -33,9 +36,11 @@ class Task:
         tune_seed (int): Seed of the runs that choose the learning rate.
         seeds (tuple): Seeds of the runs that are reported. Empty: the runs
             of the grid are reported, on images that chose nothing.
-        head_mult (float, optional): The chosen rate is tried once more with
-            the new layers (neck and head) at so many times the rate; the
-            better of the two is kept.
+        why_mults (dict): Part (a) of the examination: for each method the
+            factors on Frozen's learning rate that its backbone gets, while
+            the head has Frozen's rate.
+        why_long (tuple): Part (b): methods to train ``STRETCH`` times as
+            long, at their chosen rates.
     """
 
     name: str
@@ -44,7 +49,8 @@ class Task:
     grid: tuple
     tune_seed: int
     seeds: tuple = ()
-    head_mult: Optional[float] = None
+    why_mults: dict = field(default_factory=dict)
+    why_long: tuple = ()
 
     @property
     def config_path(self) -> Path:
@@ -60,13 +66,19 @@ TASKS = {
         grid=(5e-4, 1.5e-3, 4.5e-3, 1.35e-2),
         tune_seed=100,
         seeds=(0, 1, 2),
-        head_mult=3.),
+        why_mults=dict(
+            Full=(0.03, 0.1),
+            BitFit=(0.3, ),
+            LoRA=(0.3, ),
+            Adapter=(0.3, ),
+            Mona=(0.3, )),
+        why_long=('Full', 'Frozen', 'LoRA', 'Mona')),
     'coco-mini':
     Task(
         name='coco-mini',
         config='mask-rcnn_swin-nano_coco-mini.py',
         metric='bbox_mAP',
-        grid=(5e-4, 1.5e-3, 4.5e-3),
+        grid=(1.5e-3, 4.5e-3),
         tune_seed=0)
 }
 
@@ -81,10 +93,12 @@ class Cell:
         lr (float): Peak learning rate.
         seed (int): Seed of weights, order of the images and flips.
         phase (str): 'tune' (evaluated on the images that choose the learning
-            rate) or 'final' (on those that are reported).
+            rate), 'final' (on those that are reported) or 'why' (on those
+            too, to find out why the final runs are as they are).
         iters (int, optional): Fewer iterations than the config says, to try
             the study out.
         head_mult (float): Factor on ``lr`` for neck and head.
+        stretch (int): Factor on the number of iterations, the schedule along.
     """
 
     task: str
@@ -94,10 +108,12 @@ class Cell:
     phase: str
     iters: Optional[int] = None
     head_mult: float = 1.
+    stretch: int = 1
 
     @property
     def name(self) -> str:
-        short = f'_head{self.head_mult:g}' if self.head_mult != 1 else ''
+        short = f'_head{self.head_mult:.3g}' if self.head_mult != 1 else ''
+        short += f'_x{self.stretch}' if self.stretch != 1 else ''
         short += f'_iters{self.iters}' if self.iters else ''
         return (f'{self.task}_{self.phase}_{self.method.lower()}_'
                 f'lr{self.lr:g}_seed{self.seed}{short}')
@@ -113,9 +129,10 @@ class Cell:
             spec=METHODS[self.method],
             # The first statement is the docstring.
             config=[ast.dump(node) for node in tree.body[1:]])
-        if self.head_mult == 1:
-            # The field is younger than some results.
-            del content['head_mult']
+        # Only where they matter: a result outlives a new field.
+        for key in ('head_mult', 'stretch'):
+            if content[key] == 1:
+                del content[key]
         blob = json.dumps(content, sort_keys=True).encode()
         return hashlib.sha256(blob).hexdigest()[:16]
 
@@ -135,22 +152,13 @@ def walk_grid(task: Task,
     """The one rule for all methods: climb the grid from its middle.
 
     The middle of the grid is tried (one rate or two); while the best is the
-    lowest or the highest that was tried, the next one beyond it is. Then, if
-    the task has a ``head_mult``, the best once more with that.
+    lowest or the highest that was tried, the next one beyond it is.
 
     Returns:
         tuple: The cells to run next, none when the walk is over, and the
         finished ones, best first. A failed cell counts as tried, not as good;
         a tie goes to the smaller rate.
     """
-
-    def ranked(tried):
-        done = [c for c in tried if results[c.name]['status'] == 'done']
-        return sorted(
-            done,
-            key=lambda c:
-            (-results[c.name]['tune'][task.metric], c.lr, c.head_mult))
-
     cells = [c for c in tuning_cells(task, iters) if c.method == method]
     low, high = (len(cells) - 1) // 2, len(cells) // 2
     while True:
@@ -158,19 +166,15 @@ def walk_grid(task: Task,
         missing = [c for c in tried if c.name not in results]
         if missing:
             return missing, []
-        done = ranked(tried)
+        done = [c for c in tried if results[c.name]['status'] == 'done']
+        done.sort(key=lambda c: (-results[c.name]['tune'][task.metric], c.lr))
         best = cells.index(done[0]) if done else low
         if best == low and low > 0:
             low -= 1
         elif best == high and high < len(cells) - 1:
             high += 1
-        elif not done or task.head_mult is None:
-            return [], done
         else:
-            faster = replace(done[0], head_mult=task.head_mult)
-            if faster.name not in results:
-                return [faster], []
-            return [], ranked([*tried, faster])
+            return [], done
 
 
 def choose(task: Task,
@@ -190,8 +194,9 @@ def next_cells(task: Task,
         c for method in METHODS
         for c in walk_grid(task, results, method, iters)[0]
     ]
-    cells.sort(key=lambda c: (c.head_mult, c.lr))
+    cells.sort(key=lambda c: c.lr)
     cells += final_cells(task, results, iters)
+    cells += why_cells(task, results, iters)
     return [c for c in cells if c.name not in results]
 
 
@@ -215,3 +220,30 @@ def final_cells(task: Task,
     rows = [reported_cells(task, results, m, iters) for m in METHODS]
     cells = [c for row in rows for c in row if c.phase == 'final']
     return sorted(cells, key=lambda c: task.seeds.index(c.seed))
+
+
+def why_cells(task: Task,
+              results: dict[str, dict],
+              iters: Optional[int] = None) -> list[Cell]:
+    """Runs beside the study, of its first seed, on the reported images.
+
+    (a) One rate for all makes the head choose it, which starts from nothing.
+    So: the head at the rate that Frozen chose, the backbone at a fraction.
+    (b) Longer training at the chosen rates.
+    """
+    best = {m: choose(task, results, m, iters) for m in METHODS}
+    cells = []
+    if best['Frozen']:
+        for method, factors in task.why_mults.items():
+            cells += [
+                replace(
+                    best['Frozen'],
+                    method=method,
+                    lr=best['Frozen'].lr * factor,
+                    head_mult=1 / factor) for factor in factors
+            ]
+    cells += [
+        replace(best[method], stretch=STRETCH) for method in task.why_long
+        if best[method]
+    ]
+    return [replace(c, phase='why', seed=task.seeds[0]) for c in cells]

@@ -2,14 +2,16 @@
 
 import platform
 import shlex
-from dataclasses import replace
+from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill
 
 from benchmarks.real.cell import ppt
-from benchmarks.real.plan import (METHODS, TASKS, Cell, Task, choose,
-                                  reported_cells, tuning_cells)
+from benchmarks.real.plan import (METHODS, STRETCH, TASKS, Cell, Task, choose,
+                                  reported_cells, tuning_cells, why_cells)
 
+# Written by a person, after the tables.
+READING = Path(__file__).with_name('reading.md')
 COMMAND = 'python benchmarks/real/run.py --data-root DIR'
 COLUMNS = {
     'camvid': ('mIoU', ),
@@ -42,13 +44,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         for line in lines)
 
 
-def _rates(task: Task, best: Cell) -> str:
-    """The chosen rates; marks one at the end of the grid."""
-    text = f'{best.lr:g}'
-    if best.head_mult != 1:
-        text += f', head {best.lr * best.head_mult:g}'
+def _rate(task: Task, best: Cell) -> str:
+    """Marks a learning rate at the end of the grid."""
     ends = min(task.grid), max(task.grid)
-    return text + (' (edge)' if best.lr in ends else '')
+    return f'{best.lr:g}' + (' (edge)' if best.lr in ends else '')
 
 
 def done_results(task: Task, results: dict[str, dict], method: str) -> list:
@@ -75,7 +74,7 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
             ]
         else:
             row += ['not measured'] * 3
-        row.append(_rates(task, best) if best else 'not measured')
+        row.append(_rate(task, best) if best else 'not measured')
         if task.seeds:
             row.append(', '.join(str(r['seed']) for r in done) or 'none')
         rows.append(row)
@@ -87,10 +86,6 @@ def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
     for method in METHODS:
         row, best = [method], choose(task, results, method)
         cells = [c for c in tuning_cells(task) if c.method == method]
-        if task.head_mult:
-            # One of these was run, at the best rate of the grid.
-            faster = [replace(c, head_mult=task.head_mult) for c in cells]
-            cells += [c for c in faster if c.name in results][:1]
         for cell in cells:
             result = results.get(cell.name)
             if result is None:
@@ -100,8 +95,7 @@ def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
             else:
                 text = f"{result['tune'][task.metric]:.2f}"
             row.append(f'**{text}**' if cell == best else text)
-        missing = len(task.grid) + 1 + bool(task.head_mult) - len(row)
-        rows.append(row + ['not measured'] * missing)
+        rows.append(row)
     return rows
 
 
@@ -145,9 +139,6 @@ def recipe(task: Task) -> str:
             'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
     text += ('Each method starts in the middle of the grid and goes on while '
              'the best is the last one tried. ')
-    if task.head_mult:
-        text += ('The best is tried once more with the head at '
-                 f'{task.head_mult:g} times the rate. ')
     if task.seeds:
         return text + (
             f'Chosen by {task.metric} on the val split with seed '
@@ -160,14 +151,52 @@ def recipe(task: Task) -> str:
         'are reported. Differences of a point mean nothing here.')
 
 
+def why_section(task: Task, results: dict[str, dict]) -> str:
+    """The examination beside the study."""
+
+    def score(cell: Cell) -> str:
+        result = results.get(cell.name)
+        if result is None:
+            return 'not measured'
+        if result['status'] == 'failed':
+            return 'failed'
+        return f"{result[cell.phase][task.metric]:.2f}"
+
+    cells, seed = why_cells(task, results), task.seeds[0]
+    shared, longer = [], []
+    for cell in cells:
+        own = reported_cells(task, results, cell.method)[:1]
+        before = score(own[0]) if own else 'not measured'
+        if cell.stretch == 1:
+            shared.append([
+                cell.method, f'{cell.lr:g}', f'{cell.lr * cell.head_mult:g}',
+                score(cell), before
+            ])
+        else:
+            longer.append([cell.method, f'{cell.lr:g}', before, score(cell)])
+    return '\n\n'.join([
+        '### Why',
+        'Beside the study, chosen after its tuning had been seen, with seed '
+        f'{seed} and on the reported images; one seed, so less than two '
+        'points mean little. (a) The head at the rate that Frozen chose, the '
+        'backbone (what the method trains of it) at a fraction:',
+        table([
+            'Method', 'Backbone rate', 'Head rate', task.metric,
+            'with one rate, as above'
+        ], shared), f'(b) {STRETCH} times the iterations at the chosen rate:',
+        table([
+            'Method', 'Learning rate', f'{task.metric}, as above',
+            f'{task.metric}, {STRETCH} x iterations'
+        ], longer)
+    ])
+
+
 def task_section(task: Task, results: dict[str, dict]) -> str:
     head = ['Method', *COLUMNS[task.name], 'Trainable in backbone (M)', 'PPT']
     head += ['CPU s/step', 'Learning rate']
     if task.seeds:
         head.append('Seeds')
     rates = [f'{lr:g}' for lr in task.grid]
-    if task.head_mult:
-        rates.append(f'best, head x {task.head_mult:g}')
     parts = [
         f'## {TITLES[task.name]}',
         f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),
@@ -176,6 +205,8 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
         f'Tuning ({task.metric}; bold: chosen, "-": not needed):',
         table(['Method', *rates], tuning_rows(task, results))
     ]
+    if task.why_mults or task.why_long:
+        parts.append(why_section(task, results))
     failed = failures(task, results)
     if failed:
         parts.append('\n'.join(failed))
@@ -205,8 +236,8 @@ def fold(text: str) -> str:
 INTRO = """\
 # PEFT methods on real data
 
-Written by `{command}`; not edited by hand. A cell that says "not measured"
-was not run.
+The tables are written by `{command}`
+and not edited by hand. A cell that says "not measured" was not run.
 
 One Swin of 2.7 M parameters (widths 32 to 256, depths 2-2-4-2, window 7),
 pre-trained on 100 classes of Tiny ImageNet at 64x64, is the start of every
@@ -249,4 +280,6 @@ def render(results: dict[str, dict]) -> str:
     parts = [INTRO.format(command=COMMAND, specs=specs).strip()]
     parts += [machine(results)]
     parts += [task_section(task, results) for task in TASKS.values()]
+    if READING.exists():
+        parts += ['## Reading', READING.read_text().strip()]
     return '\n\n'.join(map(fold, parts)) + '\n'
