@@ -3,10 +3,10 @@
 import platform
 import shlex
 from pathlib import Path
-from statistics import mean, stdev
-from textwrap import fill
+from statistics import mean
 
 from benchmarks.real.cell import ppt
+from benchmarks.real.markdown import fold, spread, table
 from benchmarks.real.plan import (METHODS, STRETCH, TASKS, Cell, Task, choose,
                                   reported_cells, tuning_cells, why_cells)
 
@@ -23,30 +23,9 @@ TITLES = {
 }
 
 
-def spread(values: list[float]) -> str:
-    """``mean ± sample standard deviation``, or the one value."""
-    if not values:
-        return 'not measured'
-    if len(values) == 1:
-        return f'{values[0]:.2f}'
-    return f'{mean(values):.2f} ± {stdev(values):.2f}'
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table with the columns aligned, as mdformat does it."""
-    lines = [head, [''] * len(head), *rows]
-    widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    lines[1] = ['-' * width for width in widths]
-    return '\n'.join(
-        '| ' +
-        ' | '.join(text.ljust(width)
-                   for text, width in zip(line, widths)) + ' |'
-        for line in lines)
-
-
 def _rate(task: Task, best: Cell) -> str:
-    """Marks a learning rate at the end of the grid."""
-    ends = min(task.grid), max(task.grid)
+    """Marks a learning rate at the end of a grid that has a middle."""
+    ends = (task.grid[0], task.grid[-1]) if len(task.grid) > 2 else ()
     return f'{best.lr:g}' + (' (edge)' if best.lr in ends else '')
 
 
@@ -137,8 +116,9 @@ def recipe(task: Task) -> str:
             f'relative-position tables), {warmup} iterations of warm-up, then '
             'linear decay to zero, random flip. Learning rates, for every '
             'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
-    text += ('Each method starts in the middle of the grid and goes on while '
-             'the best is the last one tried. ')
+    if len(task.grid) > 2:
+        text += ('Each method starts in the middle of the grid and goes on '
+                 'while the best is the last one tried. ')
     if task.seeds:
         return text + (
             f'Chosen by {task.metric} on the val split with seed '
@@ -211,26 +191,6 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
     if failed:
         parts.append('\n'.join(failed))
     return '\n\n'.join(part for part in parts if part)
-
-
-def fold(text: str) -> str:
-    """Wraps paragraphs and lists to 79 columns; tables and titles stay."""
-    blocks = []
-    for block in text.split('\n\n'):
-        if not block.startswith(('|', '#')):
-            items = block.split('\n- ') if block.startswith('- ') else [block]
-            items[0] = items[0].removeprefix('- ')
-            mark = '- ' if block.startswith('- ') else ''
-            block = '\n'.join(
-                fill(
-                    ' '.join(item.split()),
-                    79,
-                    initial_indent=mark,
-                    subsequent_indent=' ' * len(mark),
-                    break_long_words=False,
-                    break_on_hyphens=False) for item in items)
-        blocks.append(block)
-    return '\n\n'.join(blocks)
 
 
 INTRO = """\
