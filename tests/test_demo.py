@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,29 @@ def test_all_of_it_and_again(tmp_path):
     second = subprocess.run(command, **run)
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count('done before, kept') == 2
+
+
+def test_a_terminated_demo_leaves_nothing_running(tmp_path):
+    code = f'''
+import sys
+sys.path.insert(0, {str(TOOLS)!r})
+import demo_steps
+from pathlib import Path
+from rich.console import Console
+child = ('import os, time; open("pid", "w").write(str(os.getpid())); '
+         'time.sleep(99)')
+step = demo_steps.Step('probe', [sys.executable, '-c', child],
+                       Path({str(tmp_path)!r}) / 'a', '1', lambda f: dict())
+demo_steps.ROOT = Path({str(tmp_path)!r})
+demo_steps.run_steps([step], 1, Console(quiet=True))
+'''
+    demo = subprocess.Popen([sys.executable, '-c', code])
+    pid = tmp_path / 'pid'
+    for _ in range(300):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(.1)
+    demo.terminate()
+    assert demo.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -129,6 +130,8 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
     }
     # The last printed tenth of each step, for a log that is not a terminal.
     told = {id(step): -1 for step in waiting}
+    # A terminated demo must not leave its trainings running.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with bars:
             while waiting or running:
@@ -162,6 +165,7 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
             step.process.terminate()
         for step in running.values():
             step.process.wait()
+        signal.signal(signal.SIGTERM, previous)
     return [step.result() for step in steps]
 
 
