@@ -102,7 +102,7 @@ def add_method(cfg: Config,
                          if found else _which(cfg, [])))
     node = found[at]
     if not _is_peft(node):
-        node['stock'] = _scoped(cfg, node['type'])
+        node['stock'] = _scoped(cfg, node)
         node['type'] = 'mmpeft.PEFTBackbone'
     node['method'] = method if isinstance(method,
                                           str) else copy.deepcopy(method)
@@ -117,23 +117,25 @@ def find_backbones(cfg: Config) -> Dict[str, dict]:
         for family in SITE_MAPS.module_dict.values()
         for path in family.backbone_types
     }
-    scope = cfg.get('default_scope')
     found = {}
-    with MMENGINE_MODELS.switch_scope_and_registry(scope) as registry:
-        for path, node in _nodes(cfg.get('model'), 'model'):
-            if _is_peft(node):
-                found[path] = node
-                continue
-            cls = node['type']
-            if isinstance(cls, str):
-                try:
-                    cls = registry.get(cls)
-                except (ImportError, RuntimeError, KeyError):
-                    continue
-            paths = {class_path(c) for c in getattr(cls, '__mro__', ())}
-            if paths & supported:
-                found[path] = node
+    for path, node in _nodes(cfg.get('model'), 'model'):
+        cls = node['type']
+        if isinstance(cls, str) and not _is_peft(node):
+            cls = _resolve(_scoped(cfg, node))
+        paths = {class_path(c) for c in getattr(cls, '__mro__', ())}
+        if _is_peft(node) or paths & supported:
+            found[path] = node
     return found
+
+
+def _resolve(name: str) -> Optional[type]:
+    """The class a scoped name stands for; None if there is none."""
+    scope = name.split('.')[0] if '.' in name else None
+    try:
+        with MMENGINE_MODELS.switch_scope_and_registry(scope) as registry:
+            return registry.get(name)
+    except (ImportError, RuntimeError, KeyError):
+        return None
 
 
 def find_peft_backbones(cfg: Config) -> Dict[str, dict]:
@@ -170,8 +172,11 @@ def _nodes(value: Any, path: str):
         yield from _nodes(child, f'{path}.{key}')
 
 
-def _scoped(cfg: Config, name: Any) -> Any:
-    scope = cfg.get('default_scope')
+def _scoped(cfg: Config, node: dict) -> Any:
+    """The type of a node, with the scope that the node would be built in."""
+    name = node['type']
+    # A config inherited from another library carries its scope along.
+    scope = node.get('_scope_') or cfg.get('default_scope')
     if isinstance(name, str) and '.' not in name and scope:
         return f'{scope}.{name}'
     return name

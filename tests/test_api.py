@@ -72,11 +72,12 @@ def test_config_mistakes():
             model=dict(
                 type='X',
                 a=dict(type='SwinTransformer'),
-                b=[dict(type='mmdet.SwinTransformer')])))
+                b=[dict(type='SwinTransformer', _scope_='mmseg')])))
     with pytest.raises(mmpeft.PEFTError, match='model.a, model.b.0.*--at'):
         mmpeft.apply(two, 'Mona')
+    # The scope that a node brings along is the one it is built in.
     assert mmpeft.apply(two, 'Mona', at='model.b.0').model.b[0].stock == \
-        'mmdet.SwinTransformer'
+        'mmseg.SwinTransformer'
 
 
 def test_new_style_config(tmp_path):

@@ -130,7 +130,8 @@ def test_deepcopy_and_files(name, library, image):
     expected = outputs(peft, image)
     twin = copy.deepcopy(peft)
     assert equal(outputs(twin, image), expected)
-    # The copy runs its own modules, not the original's.
+    # The copy runs its own modules and guards, not the original's.
+    assert twin.train() is twin and twin.eval() is twin
     perturb(peft, only='')
     assert equal(outputs(twin, image), expected)
     assert not equal(outputs(peft, image), expected)
