@@ -41,6 +41,7 @@ class Task:
             the head has Frozen's rate.
         why_long (tuple): Part (b): methods to train ``STRETCH`` times as
             long, at their chosen rates.
+        why_long_mults (dict): Part (b) with the rates of part (a).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     seeds: tuple = ()
     why_mults: dict = field(default_factory=dict)
     why_long: tuple = ()
+    why_long_mults: dict = field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
@@ -72,7 +74,8 @@ TASKS = {
             LoRA=(0.3, ),
             Adapter=(0.3, ),
             Mona=(0.3, )),
-        why_long=('Full', 'Frozen', 'LoRA', 'Mona')),
+        why_long=('Full', 'Frozen', 'LoRA', 'Mona'),
+        why_long_mults=dict(LoRA=(0.3, ), Full=(0.03, ))),
     'coco-mini':
     Task(
         name='coco-mini',
@@ -232,18 +235,25 @@ def why_cells(task: Task,
     (b) Longer training at the chosen rates.
     """
     best = {m: choose(task, results, m, iters) for m in METHODS}
-    cells = []
-    if best['Frozen']:
-        for method, factors in task.why_mults.items():
-            cells += [
-                replace(
-                    best['Frozen'],
-                    method=method,
-                    lr=best['Frozen'].lr * factor,
-                    head_mult=1 / factor) for factor in factors
-            ]
+
+    def split_rates(factors, stretch):
+        if best['Frozen'] is None:
+            return []
+        rate = best['Frozen'].lr
+        return [
+            replace(
+                best['Frozen'],
+                method=method,
+                lr=rate * factor,
+                head_mult=1 / factor,
+                stretch=stretch) for method in factors
+            for factor in factors[method]
+        ]
+
+    cells = split_rates(task.why_mults, 1)
     cells += [
         replace(best[method], stretch=STRETCH) for method in task.why_long
         if best[method]
     ]
+    cells += split_rates(task.why_long_mults, STRETCH)
     return [replace(c, phase='why', seed=task.seeds[0]) for c in cells]

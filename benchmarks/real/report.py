@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -91,8 +92,14 @@ def gains(task: Task, results: dict[str, dict]) -> str:
         f'{m} {mean(values) - base:+.2f}' for m, values in scores.items()
         if values and m != 'Frozen'
     ]
-    return (f'Difference of {task.metric} to Frozen, in points: ' +
+    text = (f'Difference of {task.metric} to Frozen, in points: ' +
             ', '.join(parts) + '.')
+    if task.seeds:
+        text += ' By seed: ' + '; '.join(f'{m} ' + ', '.join(f'{v:.2f}'
+                                                             for v in values)
+                                         for m, values in scores.items()
+                                         if values) + '.'
+    return text
 
 
 def failures(task: Task, results: dict[str, dict]) -> list[str]:
@@ -145,15 +152,15 @@ def why_section(task: Task, results: dict[str, dict]) -> str:
     cells, seed = why_cells(task, results), task.seeds[0]
     shared, longer = [], []
     for cell in cells:
-        own = reported_cells(task, results, cell.method)[:1]
-        before = score(own[0]) if own else 'not measured'
+        rates = [cell.method, f'{cell.lr:g}', f'{cell.lr * cell.head_mult:g}']
         if cell.stretch == 1:
-            shared.append([
-                cell.method, f'{cell.lr:g}', f'{cell.lr * cell.head_mult:g}',
-                score(cell), before
-            ])
+            own = reported_cells(task, results, cell.method)[:1]
+            before = score(own[0]) if own else 'not measured'
+            shared.append([*rates, score(cell), before])
         else:
-            longer.append([cell.method, f'{cell.lr:g}', before, score(cell)])
+            phase = 'final' if cell.head_mult == 1 else 'why'
+            before = score(replace(cell, phase=phase, stretch=1))
+            longer.append([*rates, before, score(cell)])
     return '\n\n'.join([
         '### Why',
         'Beside the study, chosen after its tuning had been seen, with seed '
@@ -163,9 +170,9 @@ def why_section(task: Task, results: dict[str, dict]) -> str:
         table([
             'Method', 'Backbone rate', 'Head rate', task.metric,
             'with one rate, as above'
-        ], shared), f'(b) {STRETCH} times the iterations at the chosen rate:',
+        ], shared), f'(b) {STRETCH} times the iterations:',
         table([
-            'Method', 'Learning rate', f'{task.metric}, as above',
+            'Method', 'Backbone rate', 'Head rate', f'{task.metric}, as above',
             f'{task.metric}, {STRETCH} x iterations'
         ], longer)
     ])
