@@ -111,6 +111,8 @@ def run_steps(steps: List[Step], jobs: int, console: Console) -> List[Dict]:
     for step in steps:
         if step not in waiting:
             console.print(f'  {step.title}: done before, kept.')
+    if not waiting:
+        return [step.result() for step in steps]
     running: Dict[int, Step] = {}
     bars = Progress(
         SpinnerColumn(),
