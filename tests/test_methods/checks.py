@@ -86,7 +86,7 @@ def check_block(library: str,
     leaves = reference.parameters(block)
     x = tensor('stream', 6, hw[0] * hw[1], 16, dtype=dtype)
     ours, plain = x.clone().requires_grad_(), x.double().requires_grad_()
-    drop = reference.SeededDropPath(drop_path_rate, seed)
+    drop = reference.SeededDropPath(drop_path_rate, seed, dtype)
 
     def attention(z, p=leaves):
         return reference.attention_branch(z, hw, p, heads, window, window // 2)

@@ -119,14 +119,16 @@ class SeededDropPath:
     results.
     """
 
-    def __init__(self, rate: float, seed: int) -> None:
+    def __init__(self, rate: float, seed: int, dtype: torch.dtype) -> None:
         self.keep = 1 - rate
+        # Another precision draws other numbers.
+        self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, branch: Tensor) -> Tensor:
         drawn = torch.rand((branch.shape[0], 1, 1),
-                           dtype=branch.dtype,
-                           generator=self.generator)
+                           dtype=self.dtype,
+                           generator=self.generator).to(branch)
         return branch / self.keep * torch.floor(self.keep + drawn)
 
 
