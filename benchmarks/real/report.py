@@ -163,7 +163,7 @@ def why_section(task: Task, results: dict[str, dict]) -> str:
             longer.append([*rates, before, score(cell)])
     return '\n\n'.join([
         '### Why',
-        'Beside the study, chosen after its tuning had been seen, with seed '
+        'Beside the study, designed after its first results, with seed '
         f'{seed} and on the reported images; one seed, so less than two '
         'points mean little. (a) The head at the rate that Frozen chose, the '
         'backbone (what the method trains of it) at a fraction:',
