@@ -147,7 +147,7 @@ def why_section(task: Task, results: dict[str, dict]) -> str:
             return 'not measured'
         if result['status'] == 'failed':
             return 'failed'
-        return f"{result[cell.phase][task.metric]:.2f}"
+        return f'{result[cell.phase][task.metric]:.2f}'
 
     cells, seed = why_cells(task, results), task.seeds[0]
     shared, longer = [], []
