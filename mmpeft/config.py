@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from mmengine.config import Config
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from .backbones.base import class_path
+from .backbones.base import class_path, family_names
 from .errors import MissingFileError, PEFTError
 from .plan import parse_methods
 from .registry import SITE_MAPS
@@ -186,11 +186,8 @@ def _which(cfg: Config, found: List[str]) -> str:
     if found:
         return (f'{len(found)} supported backbones are in this config, at '
                 f'{", ".join(found)}; choose one with --at.')
-    names = ', '.join(
-        f.__name__.replace('Sites', '')
-        for f in SITE_MAPS.module_dict.values())
     backbone = (cfg.get('model') or {}).get('backbone') or {}
     there = f' (model.backbone is {backbone["type"]!r})' \
         if 'type' in backbone else ''
     return (f'No supported backbone in {osp.basename(cfg.filename or "")!r}'
-            f'{there}. Supported families: {names}.')
+            f'{there}. Supported families: {family_names()}.')

@@ -3,12 +3,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 
-from .backbones.base import Block, connect, find_family
+from .backbones.base import Block, connect, family_names, find_family
 from .errors import PEFTError, SiteError
 from .methods.base import PEFTModule, Selector
 from .methods.full import Full
 from .plan import MethodPlan, parse_methods
-from .registry import MODELS, SITE_MAPS
+from .registry import MODELS
 from .sites import MODULE_SITES
 from .state import PEFTState, guard
 
@@ -129,12 +129,9 @@ def eject(backbone: nn.Module) -> nn.Module:
 def _blocks_of(backbone: nn.Module) -> List[Block]:
     found = find_family(backbone)
     if not found:
-        families = ', '.join(
-            f.__name__.replace('Sites', '')
-            for f in SITE_MAPS.module_dict.values())
         raise SiteError(
             f'{type(backbone).__name__} has no block mmpeft knows. '
-            f'Supported: {families} blocks.')
+            f'Supported: {family_names()} blocks.')
     hosts = {host for host, _ in found}
     if hosts != {''}:
         raise SiteError(

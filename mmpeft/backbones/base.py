@@ -11,7 +11,8 @@ from ..registry import SITE_MAPS
 from ..sites import MODULE_SITES, STREAM_SITES, Site, TokenLayout
 
 __all__ = [
-    'Block', 'BlockPEFT', 'SiteMap', 'class_path', 'find_family', 'site_hook'
+    'Block', 'BlockPEFT', 'SiteMap', 'class_path', 'family_names',
+    'find_family', 'site_hook'
 ]
 
 
@@ -223,6 +224,14 @@ def disconnect(module: nn.Module) -> None:
     if hasattr(module, '_peft_site'):
         module._peft_handle.remove()
         del module._peft_site, module._peft_handle
+
+
+def family_names() -> str:
+    """The supported families, for a message."""
+    SITE_MAPS.import_from_location()
+    return ', '.join(
+        f.__name__.replace('Sites', '')
+        for f in SITE_MAPS.module_dict.values())
 
 
 def find_family(root: nn.Module) -> Optional[Sequence[Tuple[str, Block]]]:

@@ -1,10 +1,12 @@
 """Checkpoints: which model they belong to, and writing them safely."""
+import logging
 import os
 import os.path as osp
 from typing import Any, Dict
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..config import PEFT_ARGUMENTS, find_peft_backbones
@@ -31,7 +33,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     except Exception as error:
         raise PEFTError(f'{path} cannot be read as a checkpoint '
                         f'({type(error).__name__}: '
-                        f'{str(error).splitlines()[0]}).') from error
+                        f'{str(error).partition(chr(10))[0]}).') from error
     if not isinstance(checkpoint, dict):
         raise PEFTError(f'{path} holds a {type(checkpoint).__name__} and not '
                         'a checkpoint.')
@@ -95,7 +97,13 @@ def match_checkpoint(cfg: Config, path: str) -> Config:
         return cfg
     if not inside:
         # Told apart by content: stock keys only, so it has been merged, or
-        # it is a stock checkpoint.
+        # it is a stock checkpoint. Never in silence: what was meant may have
+        # been a file with adapters.
+        print_log(
+            f'{path} holds no {_names(wanted)}: merged, or a stock '
+            'checkpoint. It is tested as the stock model.',
+            logger='current',
+            level=logging.WARNING)
         return strip_method(cfg)
     raise PEFTError(
         f'{path} holds {_names(inside)}, but the config attaches '

@@ -18,6 +18,11 @@ KEPT_META = ('dataset_meta', 'epoch', 'iter', 'seed', 'experiment_name',
              'time', 'mmengine_version')
 
 
+def _same(out: str, checkpoint: str) -> bool:
+    # A checkpoint that does not exist has its own sentence, later.
+    return osp.exists(checkpoint) and osp.samefile(out, checkpoint)
+
+
 def merge_checkpoint(args: Namespace) -> int:
     """Merge ``args.checkpoint`` into ``args.out``.
 
@@ -29,7 +34,7 @@ def merge_checkpoint(args: Namespace) -> int:
         MergeError: If the merge would not be exact.
     """
     if osp.exists(args.out) and (not args.force
-                                 or osp.samefile(args.out, args.checkpoint)):
+                                 or _same(args.out, args.checkpoint)):
         raise PEFTError(f'{args.out} exists already; choose another file, or '
                         '--force (never the checkpoint itself).')
     cfg = read_config(args)

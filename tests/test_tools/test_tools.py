@@ -147,6 +147,18 @@ def test_merge_refusals(stock_config, tmp_path):
             status=2)
         assert 'cannot be read as a checkpoint' in done.stderr
     assert not osp.exists(out)
+    # --force over a file, from a checkpoint that is not there.
+    done = command(
+        'merge_peft.py',
+        stock_config,
+        'no.pth',
+        str(garbage),
+        '--method',
+        'LoRA:rank=4',
+        '--force',
+        status=2)
+    assert "There is no checkpoint 'no.pth'" in done.stderr
+    assert garbage.read_bytes() == b'not a checkpoint'
 
 
 @pytest.mark.parametrize('arguments, says', [
