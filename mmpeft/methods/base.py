@@ -1,6 +1,9 @@
-"""The two kinds of method: modules that are attached, and selections."""
+"""Two kinds of method: modules that are attached, and selections.
+
+The third kind, a network beside the backbone, is in ``side.py``.
+"""
 import math
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -24,6 +27,8 @@ class Method:
     recipe_lr: Dict[str, float] = dict(mmdet=1e-4, mmseg=6e-5)
     #: Where these rates are from.
     recipe_source: str = 'released configs of Mona, AdamW'
+    #: Hooks that training with it needs; ``--method`` adds them.
+    hooks: Tuple[dict, ...] = ()
 
 
 class PEFTModule(Method, nn.Module):
@@ -37,16 +42,71 @@ class PEFTModule(Method, nn.Module):
         site (Site): Where it is attached; gives the widths.
     """
 
-    #: Sites it is attached to when the arguments do not change that.
+    #: Sites in a block it is attached to when the arguments do not change
+    #: that.
     sites: Tuple[str, ...] = ()
+    #: Sites outside the blocks; it goes to every one the backbone has.
+    parts: Tuple[str, ...] = ()
     #: Whether it reads the H x W map and not only single tokens.
     needs_grid: bool = False
+    #: Whether it reads the weight of the stock layer at its site.
+    needs_layer: bool = False
+    #: At ``tokens``: whether these tokens go on to the next block.
+    carries: bool = False
     #: Why it cannot be folded into a stock layer; None if it can.
     no_merge: Optional[str] = 'it has a non-linearity of its own'
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+        # Tuples, so that neither is registered as a child: the keys of the
+        # stock layer and of the shared owner stay where they are.
+        self._layer: Tuple[nn.Module, ...] = ()
+        self._shared: Tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def build(cls, site: Site, **kwargs: Any) -> 'PEFTModule':
+        """The module for one site; a method of several parts overrides it."""
+        return cls(site, **kwargs)
+
+    @classmethod
+    def build_shared(cls, sites: Sequence[Site],
+                     **kwargs: Any) -> Optional[nn.Module]:
+        """What all modules of a backbone share, owned by ``backbone.peft``.
+
+        Args:
+            sites (Sequence[Site]): Every site that gets a module.
+
+        Returns:
+            nn.Module, optional: Has a ``reset_parameters``. None if nothing
+            is shared.
+        """
+        return None
+
+    def bind_shared(self, owner: nn.Module) -> None:
+        """Give the module what it shares with the others."""
+        self._shared = (owner, )
+
+    @property
+    def shared(self) -> nn.Module:
+        """What :meth:`build_shared` returned."""
+        return self._shared[0]
+
+    def bind_layer(self, layer: nn.Module) -> None:
+        """Give a module that ``needs_layer`` the stock layer at its site."""
+        self._layer = (layer, )
+
+    @property
+    def layer(self) -> nn.Module:
+        """The stock layer at the site."""
+        return self._layer[0]
+
+    def start_from_layer(self) -> None:
+        """Initialise from the weight of the stock layer.
+
+        Called for a module that ``needs_layer`` whenever base weights
+        arrived and its own did not.
+        """
 
     @classmethod
     def sites_for(cls, **kwargs) -> Sequence[str]:
@@ -59,6 +119,9 @@ class PEFTModule(Method, nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """Map ``y``, the output of the stock operation on ``x``.
+
+        At the sites of extra tokens ``y`` is what joins the attention so far;
+        see :mod:`mmpeft.sites`.
 
         Args:
             x (Tensor): (..., in_dims), what the stock operation received.
@@ -73,6 +136,8 @@ class PEFTModule(Method, nn.Module):
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the stock layer that does both at once.
+
+        A module at the input of a linear layer is folded into that layer.
 
         Args:
             weight (Tensor): (out_dims, in_dims), in float32 or float64.

@@ -1,0 +1,130 @@
+"""The third kind of method: a network that runs beside the backbone."""
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..sites import TokenLayout
+from .base import Method
+
+__all__ = ['SideNetwork', 'Trunk', 'TrunkBlock']
+
+
+@dataclass(frozen=True)
+class TrunkBlock:
+    """A block of the backbone, as a side network sees it.
+
+    Attributes:
+        index (int): Number over the whole backbone, from 0.
+        stage (int): Number of its stage, from 0.
+        path (str): Path inside the backbone.
+        embed_dims (int): Width of the token stream.
+        num_heads (int): Heads of its attention.
+        mlp_dims (int): Hidden channels of its MLP.
+        window_size (int, optional): Side of its attention windows; None means
+            that all tokens see each other.
+        shift_size (int): By how much its windows are shifted.
+    """
+
+    index: int
+    stage: int
+    path: str
+    embed_dims: int
+    num_heads: int
+    mlp_dims: int
+    window_size: Optional[int] = None
+    shift_size: int = 0
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The backbone, as a side network sees it.
+
+    Attributes:
+        blocks (tuple[TrunkBlock]): The blocks it runs beside, in order.
+        stage_dims (dict[int, int]): Width of each of their stages.
+        outputs (tuple[int]): Those of the stages that are an output.
+        stem_dims (int): Width of the tokens that enter the first block.
+    """
+
+    blocks: Tuple[TrunkBlock, ...]
+    stage_dims: Dict[int, int]
+    outputs: Tuple[int, ...]
+    stem_dims: int
+
+
+class SideNetwork(Method, nn.Module):
+    """A network beside the backbone that reads it and joins its outputs.
+
+    One object per backbone, at ``backbone.peft.<name>``. All it reads is
+    detached, so that no gradient passes through a block and the backbone
+    keeps nothing for backward. Its state ``u`` (a tensor, or what else a
+    subclass makes of it) travels beside the token stream.
+
+    Args:
+        trunk (Trunk): What it runs beside.
+    """
+
+    #: Branch sites whose outputs :meth:`step` gets, before drop-path.
+    taps: Tuple[str, ...] = ()
+    #: Whether the stock norms of the outputs train too.
+    trains_out_norms: bool = False
+    #: Why it cannot be folded into stock layers.
+    no_merge: str = 'it runs beside the backbone'
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def reset_parameters(self) -> None:
+        """Initialise; called again after the backbone's ``init_weights``."""
+        raise NotImplementedError
+
+    def start(self, x: Tensor, layout: TokenLayout) -> Any:
+        """State at the first block.
+
+        Args:
+            x (Tensor): (B, N, d), the tokens that enter it.
+            layout (TokenLayout): How they are arranged.
+        """
+        raise NotImplementedError
+
+    def step(self, u: Any, block: TrunkBlock, x: Tensor, y: Tensor,
+             taps: Dict[str, Tensor], layout: TokenLayout) -> Any:
+        """State after a block.
+
+        Args:
+            u: State before it.
+            block (TrunkBlock): Which one.
+            x (Tensor): (B, N, d), what entered the block.
+            y (Tensor): (B, N, d), what left it.
+            taps (dict[str, Tensor]): Branch outputs at :attr:`taps`.
+            layout (TokenLayout): How the tokens are arranged.
+        """
+        raise NotImplementedError
+
+    def next_stage(self, u: Any, stage: int, downsample: Callable,
+                   layout: TokenLayout) -> Any:
+        """State at the first block of another stage.
+
+        Args:
+            u: State after the last block of the stage before.
+            stage (int): The stage that is entered.
+            downsample (Callable): The frozen patch merging of the backbone,
+                (B, N, d) -> (B, N / 4, 2 d); gradients pass through it.
+            layout (TokenLayout): That of the stage before.
+        """
+        raise NotImplementedError
+
+    def output(self, u: Any, x: Tensor, stage: int,
+               layout: TokenLayout) -> Tensor:
+        """What goes into the stock norm of an output.
+
+        Args:
+            u: State after the last block of the stage.
+            x (Tensor): (B, N, d), the output of the stage.
+            stage (int): Which one.
+            layout (TokenLayout): How the tokens are arranged.
+        """
+        raise NotImplementedError
