@@ -89,7 +89,7 @@ def add_method(cfg: Config,
     Raises:
         PEFTError: If there is no supported backbone or more than one.
     """
-    parse_methods(method)
+    plans = parse_methods(method)
     cfg = copy.deepcopy(cfg)
     found = find_backbones(cfg)
     if at is None:
@@ -106,7 +106,16 @@ def add_method(cfg: Config,
         node['type'] = 'mmpeft.PEFTBackbone'
     node['method'] = method if isinstance(method,
                                           str) else copy.deepcopy(method)
+    hooks = cfg.get('custom_hooks') or []
+    for hook in (h for plan in plans for h in plan.cls.hooks):
+        if not any(_same_type(hook, other) for other in hooks):
+            hooks = cfg.custom_hooks = [*hooks, dict(hook)]
     return cfg, at
+
+
+def _same_type(hook: dict, other: dict) -> bool:
+    names = [str(h['type']).rsplit('.', 1)[-1] for h in (hook, other)]
+    return names[0] == names[1]
 
 
 def find_backbones(cfg: Config) -> Dict[str, dict]:

@@ -1,15 +1,16 @@
 """Join methods and block families: build stock, freeze, attach, guard."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Union
 
 import torch.nn as nn
 
-from .backbones.base import Block, connect, family_names, find_family
+from .attach import Build, attach
+from .backbones.attached import disconnect
+from .backbones.base import Block, family_names, find_family
 from .errors import PEFTError, SiteError
-from .methods.base import PEFTModule, Selector
+from .methods.base import Selector
 from .methods.full import Full
 from .plan import MethodPlan, parse_methods
 from .registry import MODELS
-from .sites import MODULE_SITES
 from .state import PEFTState, guard
 
 __all__ = ['PEFTBackbone', 'inject', 'eject']
@@ -94,20 +95,20 @@ def inject(backbone: nn.Module,
     unreached = blocks[0].family.unreached(backbone)
     reached = [b for b in blocks if not _below(b.path, unreached)]
     # Everything is resolved and checked before the backbone is touched.
-    modules = {p.name: _build(p, reached) for p in plans if p.is_module}
+    build = Build(backbone, plans, reached)
     trained = _selected(backbone, plans, reached, unreached)
+    trained |= build.trained
     frozen = _expand(backbone, freeze)
 
     state = PEFTState(
         plans=[p.cfg for p in plans],
         skipped=[b.path for b in blocks if b not in reached],
         allow_random_base=allow_random_base,
-        eval_frozen=eval_frozen)
+        eval_frozen=eval_frozen,
+        stream=build.stream)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = name in trained and name not in frozen
-    for name, built in modules.items():
-        for block, at_sites in built:
-            _attach(block, name, at_sites)
+    attach(backbone, state, build)
     backbone.peft = state
     guard(backbone)
     return backbone
@@ -118,8 +119,13 @@ def eject(backbone: nn.Module) -> nn.Module:
 
     Which parameters require gradients stays as it is.
     """
-    for _, block in find_family(backbone) or ():
+    blocks = [b for _, b in find_family(backbone) or ()]
+    for block in blocks:
         block.family.restore(block.module)
+    for part in blocks[0].family.parts(backbone) if blocks else ():
+        disconnect(part.module)
+        part.module._modules.pop('peft', None)
+        part.module.__dict__.pop('_peft_output', None)
     if isinstance(getattr(backbone, 'peft', None), PEFTState):
         backbone.peft.release(backbone)
         del backbone.peft
@@ -144,31 +150,12 @@ def _below(name: str, roots: Sequence[str]) -> bool:
     return any(name == r or name.startswith(r + '.') for r in roots)
 
 
-def _build(plan: MethodPlan,
-           blocks: Sequence[Block]) -> List[Tuple[Block, Dict]]:
-    """One module per chosen block and site."""
-    built = []
-    for block in plan.choose(blocks):
-        if plan.cls.needs_grid and not block.family.has_grid:
-            raise SiteError(
-                f'{plan.cls.__name__} needs a grid of tokens; the tokens of '
-                f'{type(block.module).__name__} form none.')
-        kwargs = plan.kwargs_for(block, blocks)
-        sites = plan.cls.sites_for(**kwargs)
-        built.append((block, {
-            name:
-            plan.construct(block.family.site(block, name), kwargs)
-            for name in sites
-        }))
-    return built
-
-
 def _selected(backbone: nn.Module, plans: Sequence[MethodPlan],
               blocks: Sequence[Block], unreached: Sequence[str]) -> set:
     """Names of the stock parameters that train."""
     names = set()
     for plan in plans:
-        if plan.is_module:
+        if not plan.is_selector:
             continue
         selector: Selector = plan.construct()
         chosen = set(
@@ -196,15 +183,3 @@ def _expand(backbone: nn.Module, freeze: Sequence[str]) -> set:
                             f'{type(backbone).__name__}; it has {parts}.')
         names.update(below)
     return names
-
-
-def _attach(block: Block, name: str, at_sites: Dict[str, PEFTModule]) -> None:
-    family, module = block.family, block.module
-    family.swap(module)
-    module.peft[name] = nn.ModuleDict(at_sites)
-    for site in at_sites:
-        if site in MODULE_SITES:
-            connect(family.modules(module)[site], module.peft, site)
-    # Attached modules follow the block's device and precision.
-    reference = next(iter(family.modules(module)['norm1'].parameters()))
-    module.peft[name].to(reference)

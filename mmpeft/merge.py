@@ -1,15 +1,18 @@
 """Fold attached modules into stock weights: exact, or refused."""
 from collections import OrderedDict
-from typing import Dict, List
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .backbones.base import Block, find_family
+from .backbones.base import Block, Part, find_family
 from .errors import MergeError
 from .injection import eject
 from .methods.base import PEFTModule
+from .methods.side import SideNetwork
+from .sites import INPUT_SITES
+from .state import PEFTState
 
 __all__ = ['merge', 'merged_state_dict']
 
@@ -27,22 +30,23 @@ def merged_state_dict(model: nn.Module) -> 'OrderedDict[str, Tensor]':
         MergeError: If a method cannot be folded exactly, or its weights are
             not finite.
     """
-    state = model.state_dict()
     reasons, folds = [], []
-    for host, block in find_family(model) or ():
-        for site, modules in _at_sites(block).items():
-            for module in modules:
-                reason = _obstacle(block, site, module)
-                if reason and reason not in reasons:
-                    reasons.append(reason)
-            layer = _layer_path(host, block, site)
-            folds.append((layer, modules))
+    for host, places in _places(model).items():
+        for place in places:
+            for layer, modules in _layers(place, reasons):
+                folds.append(('.'.join(p for p in (host, layer) if p),
+                              modules))
+        networks = model.get_submodule(host).peft.children()
+        for network in networks:
+            if isinstance(network, SideNetwork):
+                reasons.append(_no_place(network))
+    reasons = list(dict.fromkeys(reasons))
     if reasons:
         raise MergeError('This model cannot be merged exactly: ' +
                          '; '.join(reasons) + '. Keep the checkpoint as it '
                          'is; tools/test.py reads it.')
-    merged = OrderedDict(
-        (k, v) for k, v in state.items() if '.peft.' not in f'.{k}')
+    merged = OrderedDict((k, v) for k, v in model.state_dict().items()
+                         if '.peft.' not in f'.{k}')
     for layer, modules in folds:
         _fold(merged, layer, modules)
     return merged
@@ -58,43 +62,64 @@ def merge(model: nn.Module) -> nn.Module:
         MergeError: As :func:`merged_state_dict`; then nothing has changed.
     """
     merged = merged_state_dict(model)
-    hosts = dict.fromkeys(host for host, _ in find_family(model) or ())
-    for host in hosts:
+    for host in _places(model):
         eject(model.get_submodule(host))
     model.load_state_dict(merged, strict=True)
     return model
 
 
-def _at_sites(block: Block) -> Dict[str, List[PEFTModule]]:
-    sites: Dict[str, List[PEFTModule]] = {}
-    for modules in getattr(block.module, 'peft', {}).values():
+def _places(model: nn.Module) -> Dict[str, list]:
+    """Blocks and parts of each PEFT backbone, by its path."""
+    places: Dict[str, list] = {}
+    for host, block in find_family(model) or ():
+        if isinstance(getattr(block.backbone, 'peft', None), PEFTState):
+            if host not in places:
+                places[host] = block.family.parts(block.backbone)
+            places[host].append(block)
+    return places
+
+
+def _layers(place: Union[Block, Part],
+            reasons: List[str]) -> List[Tuple[str, List[PEFTModule]]]:
+    """Stock layers at a place with what is folded into them, in order: what
+    changes the output first, then what changes the input, from the layer
+    outwards."""
+    before: Dict[str, List[PEFTModule]] = {}
+    after: Dict[str, List[PEFTModule]] = {}
+    for modules in getattr(place.module, 'peft', {}).values():
         for site, module in modules.items():
-            sites.setdefault(site, []).append(module)
-    return sites
+            path = _path_of(place, site)
+            if module.no_merge is not None:
+                reasons.append(_no_place(module))
+            elif path is None:
+                reasons.append(f'{type(module).__name__} sits at {site}, '
+                               'which is no stock layer')
+            else:
+                side = before if site in INPUT_SITES else after
+                side.setdefault(path, []).append(module)
+    return [(path, after.get(path, []) + before.get(path, [])[::-1])
+            for path in dict.fromkeys([*after, *before])]
 
 
-def _obstacle(block: Block, site: str, module: PEFTModule) -> str:
-    name = type(module).__name__
-    if module.no_merge is not None:
-        return f'{name} has no place in a stock layer, as {module.no_merge}'
-    if site not in block.family.modules(block.module):
-        return f'{name} sits at {site}, which is no stock layer'
-    return ''
+def _no_place(module: nn.Module) -> str:
+    return (f'{type(module).__name__} has no place in a stock layer, as '
+            f'{module.no_merge}')
 
 
-def _layer_path(host: str, block: Block, site: str) -> str:
-    layer = block.family.modules(block.module).get(site)
-    for name, module in block.module.named_modules():
+def _path_of(place: Union[Block, Part], site: str) -> Optional[str]:
+    """Path of the stock layer at a site, inside the backbone."""
+    layer = place.layer(site)
+    for name, module in place.module.named_modules():
         if module is layer:
-            return '.'.join(p for p in (host, block.path, name) if p)
-    return ''
+            return '.'.join(p for p in (place.path, name) if p)
+    return None
 
 
 def _fold(state: Dict[str, Tensor], layer: str,
           modules: List[PEFTModule]) -> None:
     weight, bias = state[f'{layer}.weight'], state.get(f'{layer}.bias')
     for module in modules:
-        for name, parameter in module.named_parameters():
+        for name, parameter in _own_weights(module):
             if not torch.isfinite(parameter).all():
                 raise MergeError(
                     f'{layer}: {name} of {type(module).__name__} has values '
@@ -110,6 +135,13 @@ def _fold(state: Dict[str, Tensor], layer: str,
     elif new_bias is not None:
         raise MergeError(f'{layer} has no bias in the stock model to fold '
                          'one into.')
+
+
+def _own_weights(module: PEFTModule) -> Iterator[Tuple[str, Tensor]]:
+    """Parameters of a module, and of what it shares with others."""
+    yield from module.named_parameters()
+    for owner in module._shared:
+        yield from owner.named_parameters()
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ import inspect
 import re
 from typing import Any, Dict, List, Optional, Sequence, Union
 
-from .backbones.base import Block, BlockPEFT
+from .backbones.attached import BlockPEFT
+from .backbones.base import Block
 from .errors import PEFTError
 from .methods.base import PEFTModule
+from .methods.side import SideNetwork
 from .registry import METHODS
-from .sites import Site
 
 __all__ = ['MethodPlan', 'parse_methods', 'parse_method_string']
 
@@ -52,6 +53,8 @@ class MethodPlan:
             raise PEFTError(f'A method needs a type, but got {dict(cfg)!r}.')
         self.cls = _find(kwargs.pop('type'))
         self.is_module = issubclass(self.cls, PEFTModule)
+        self.is_network = issubclass(self.cls, SideNetwork)
+        self.is_selector = not (self.is_module or self.is_network)
         self.name = kwargs.pop('name', None) or self.cls.key or _snake(
             self.cls.__name__)
         self.layers = kwargs.pop('layers', None)
@@ -63,9 +66,10 @@ class MethodPlan:
                 f'name={self.name!r} cannot be part of a parameter '
                 'key; use lower-case letters, digits and "_".')
         if self.overrides and not self.is_module:
-            raise PEFTError(f'{self.cls.__name__} selects stock parameters '
-                            'and has nothing to override per block; use '
-                            '`layers`.')
+            what = 'is one network' if self.is_network else \
+                'selects stock parameters'
+            raise PEFTError(f'{self.cls.__name__} {what} and has nothing to '
+                            'override per block; use `layers`.')
         for given in (kwargs, *self.overrides.values()):
             self._check_arguments(given)
 
@@ -89,17 +93,18 @@ class MethodPlan:
                 kwargs.update(values)
         return kwargs
 
-    def construct(self, site: Optional[Site] = None, kwargs=None):
-        """Build the method, at a site if it is a module."""
+    def construct(self, place: Any = None, kwargs: Optional[dict] = None):
+        """Build the method: a module at a site, a network beside a trunk."""
+        kwargs = self.kwargs if kwargs is None else kwargs
         if self.is_module:
-            return self.cls(site,
-                            **(self.kwargs if kwargs is None else kwargs))
-        return self.cls(**self.kwargs)
+            return self.cls.build(place, **kwargs)
+        return self.cls(place, **kwargs) if self.is_network else self.cls(
+            **kwargs)
 
     def _check_arguments(self, kwargs: dict) -> None:
         known = [
             p for p in inspect.signature(self.cls).parameters
-            if p not in ('site', 'args', 'kwargs')
+            if p not in ('site', 'trunk', 'args', 'kwargs')
         ]
         for key in kwargs:
             if key not in known:

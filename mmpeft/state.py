@@ -1,38 +1,48 @@
 """What a backbone with methods attached remembers, and what guards it."""
 import types
-from typing import List, Sequence
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
+import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import PEFTError
 from .methods.base import PEFTModule
+from .stream import Stream, begin, end
 
 __all__ = ['PEFTState', 'guard', 'attached_modules']
 
 
 class PEFTState(nn.Module):
-    """``backbone.peft``: how it was made. Holds no parameters of its own.
+    """``backbone.peft``: how it was made, and what belongs to no block.
+
+    Its children are the side networks and what the modules of a method share,
+    by the name of the method.
 
     Args:
         plans (list[dict]): The method configs, as given.
         skipped (list[str]): Blocks left out because no output reaches them.
         allow_random_base (bool): Do not ask whether weights were loaded.
         eval_frozen (bool): Keep frozen stock modules in evaluation mode.
+        stream (Stream, optional): What travels beside the tokens.
     """
 
     def __init__(self,
                  plans: Sequence[dict],
                  skipped: Sequence[str] = (),
                  allow_random_base: bool = False,
-                 eval_frozen: bool = False) -> None:
+                 eval_frozen: bool = False,
+                 stream: Optional[Stream] = None) -> None:
         super().__init__()
         self.plans = list(plans)
         self.skipped = list(skipped)
         self.eval_frozen = eval_frozen
         self.base_checked = allow_random_base
-        self.loaded = set()
-        self._handles = []
+        self.stream = stream
+        self.loaded: Set[str] = set()
+        # Attached modules whose start is yet to be taken from their layer.
+        self.unsettled: Set[str] = set()
+        self._handles: list = []
 
     def release(self, backbone: nn.Module) -> None:
         """Undo :func:`guard`."""
@@ -45,6 +55,22 @@ class PEFTState(nn.Module):
 def attached_modules(module: nn.Module) -> List[PEFTModule]:
     """All attached modules below ``module``."""
     return [m for m in module.modules() if isinstance(m, PEFTModule)]
+
+
+def layer_modules(backbone: nn.Module) -> Iterator[Tuple[str, PEFTModule]]:
+    """Attached modules that start from the weight of their stock layer."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, PEFTModule) and module.needs_layer:
+            yield name, module
+
+
+def settle(backbone: nn.Module) -> None:
+    """Start those modules whose base weights arrived without their own."""
+    state = backbone.peft
+    for name in sorted(state.unsettled):
+        with torch.no_grad():
+            backbone.get_submodule(name).start_from_layer()
+    state.unsettled.clear()
 
 
 def guard(backbone: nn.Module) -> None:
@@ -62,7 +88,16 @@ def guard(backbone: nn.Module) -> None:
         backbone._register_load_state_dict_pre_hook(
             note_loaded, with_module=True),
         backbone.register_forward_pre_hook(refuse_random_base),
+        backbone.register_forward_pre_hook(settle_first),
+        backbone.register_state_dict_pre_hook(settle_first),
     ]
+    if state.stream is not None:
+        state._handles += [
+            backbone.register_forward_pre_hook(begin),
+            backbone.register_forward_hook(end, always_call=True),
+        ]
+    state.unsettled = {name for name, _ in layer_modules(backbone)}
+    settle(backbone)
     backbone.train(backbone.training)
 
 
@@ -88,8 +123,10 @@ def init_weights(self: nn.Module) -> None:
             f'than this {type(self).__name__} ({line.strip(" .")}); give '
             'weights that fit, or their widths and depths.') from error
     if not again:
-        for module in attached_modules(self):
+        for module in [*self.peft.children(), *attached_modules(self)]:
             module.reset_parameters()
+        self.peft.unsettled = {name for name, _ in layer_modules(self)}
+    settle(self)
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -113,17 +150,31 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _stock_modules(backbone: nn.Module):
     """Modules of the backbone without those attached to it."""
-    skipped = {id(m) for a in attached_modules(backbone) for m in a.modules()}
+    attached = [backbone.peft, *attached_modules(backbone)]
+    skipped = {id(m) for a in attached for m in a.modules()}
     return (m for m in backbone.modules() if id(m) not in skipped)
 
 
 def note_loaded(module: nn.Module, state_dict: dict, prefix: str,
                 *args) -> None:
-    """Load hook: remember which frozen weights a checkpoint brings."""
+    """Load hook: remember which frozen weights a checkpoint brings, and which
+    modules have to start from them."""
     for name, parameter in module.named_parameters():
         value = state_dict.get(prefix + name)
         if value is not None and value.shape == parameter.shape:
             module.peft.loaded.add(name)
+    paths = {id(m): name for name, m in module.named_modules()}
+    for name, attached in layer_modules(module):
+        if any(k.startswith(f'{prefix}{name}.') for k in state_dict):
+            module.peft.unsettled.discard(name)
+        elif f'{prefix}{paths[id(attached.layer)]}.weight' in state_dict:
+            module.peft.unsettled.add(name)
+
+
+def settle_first(module: nn.Module, *args) -> None:
+    """Forward and state-dict hook: nothing reads a module that is not
+    started."""
+    settle(module)
 
 
 def refuse_random_base(module: nn.Module, args: tuple) -> None:

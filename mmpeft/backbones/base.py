@@ -1,4 +1,4 @@
-"""What a block family declares, and the block that calls its sites."""
+"""What a block family declares."""
 import re
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple, Type
@@ -7,12 +7,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import SiteError
+from ..methods.side import TrunkBlock
 from ..registry import SITE_MAPS
-from ..sites import MODULE_SITES, STREAM_SITES, Site, TokenLayout
+from ..sites import INPUT_SITES, PART_SITES, SITES, Site, TokenLayout
+from .attached import BlockPEFT, disconnect, peft_class
 
 __all__ = [
-    'Block', 'BlockPEFT', 'SiteMap', 'class_path', 'family_names',
-    'find_family', 'site_hook'
+    'Block', 'Part', 'SiteMap', 'class_path', 'family_names', 'find_family'
 ]
 
 
@@ -31,6 +32,7 @@ class Block:
         stage (int): Number of its stage, from 0.
         stage_path (str): Path of its stage, such as ``stages.2``.
         module (nn.Module): The block itself.
+        backbone (nn.Module): The backbone it is in.
         family (type): The site map of its family.
     """
 
@@ -39,32 +41,42 @@ class Block:
     stage: int
     stage_path: str
     module: nn.Module
+    backbone: nn.Module
     family: Type['SiteMap']
 
-
-class BlockPEFT(nn.ModuleDict):
-    """``block.peft``: the attached modules, ``{name: {site: module}}``."""
-
-    def run(self,
-            site: str,
-            x: Tensor,
-            y: Tensor,
-            layout: Optional[TokenLayout] = None) -> Tensor:
-        """Pass ``y`` through the modules at a site, in order of attachment."""
-        for modules in self.values():
-            if site in modules:
-                y = modules[site](x, y, layout)
-        return y
+    def layer(self, site: str) -> Optional[nn.Module]:
+        """The stock submodule at a site or behind an input; None if the site
+        is no submodule."""
+        name = site[:-len('_input')] if site in INPUT_SITES else site
+        return self.family.modules(self.module).get(name)
 
 
-def site_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Forward hook of a stock submodule that is a site.
+@dataclass(frozen=True)
+class Part:
+    """A stock submodule outside the blocks that is a site.
 
-    It reads its target from the module and closes over nothing, so that a
-    deep copy (EMA) runs the copy's adapters.
+    Attributes:
+        name (str): One of ``mmpeft.sites.PART_SITES``.
+        path (str): Path inside the backbone.
+        stage (int): Number of the stage it belongs to, from 0.
+        dims (int): Channels it returns.
+        module (nn.Module): The submodule.
     """
-    peft, site = module._peft_site
-    return peft.run(site, args[0], output)
+
+    name: str
+    path: str
+    stage: int
+    dims: int
+    module: nn.Module
+
+    @property
+    def site(self) -> Site:
+        """The site, for a module that is attached to it."""
+        return Site(self.name, self.dims, self.dims, self.path, self.stage)
+
+    def layer(self, site: str) -> nn.Module:
+        """The submodule itself."""
+        return self.module
 
 
 class SiteMap:
@@ -108,6 +120,56 @@ class SiteMap:
         raise NotImplementedError
 
     @classmethod
+    def open_attention(cls, block: nn.Module) -> None:
+        """Let extra tokens join the attention of a block; keys must not
+        change."""
+
+    @classmethod
+    def close_attention(cls, block: nn.Module) -> None:
+        """Undo :meth:`open_attention`."""
+
+    @classmethod
+    def drop_path(cls, block: nn.Module) -> float:
+        """Rate of the block's drop-path."""
+        raise NotImplementedError
+
+    @classmethod
+    def stem(cls, backbone: nn.Module) -> Tuple[int, int]:
+        """Width of the stem's tokens, and the side of its patches."""
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, backbone: nn.Module) -> List[Part]:
+        """The sites outside the blocks that this backbone has."""
+        return []
+
+    @classmethod
+    def trunk_block(cls, block: Block) -> TrunkBlock:
+        """A block, as a side network sees it."""
+        raise NotImplementedError
+
+    @classmethod
+    def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
+        """By stage, the patch merging that leads into it."""
+        return {}
+
+    @classmethod
+    def merge_map(cls, merging: nn.Module, layout: TokenLayout,
+                  tokens: Tensor) -> Tensor:
+        """Pass a token map through a patch merging."""
+        raise NotImplementedError
+
+    @classmethod
+    def merge_tokens(cls, merging: nn.Module, tokens: Tensor) -> Tensor:
+        """Pass tokens that are no map through a patch merging."""
+        raise NotImplementedError
+
+    @classmethod
+    def outputs(cls, backbone: nn.Module) -> Dict[int, str]:
+        """By stage that is an output, the path of its norm."""
+        raise NotImplementedError
+
+    @classmethod
     def unreached(cls, backbone: nn.Module) -> List[str]:
         """Paths of parts whose output no requested feature depends on."""
         return []
@@ -120,8 +182,7 @@ class SiteMap:
     @classmethod
     def offered(cls) -> Tuple[str, ...]:
         """Names of the sites this family offers."""
-        return tuple(s for s in MODULE_SITES + STREAM_SITES
-                     if s not in cls.refused)
+        return tuple(s for s in SITES if s not in cls.refused)
 
     @classmethod
     def site(cls, block: Block, name: str) -> Site:
@@ -130,26 +191,37 @@ class SiteMap:
         Raises:
             SiteError: If the family does not offer it.
         """
-        if name not in cls.offered():
+        if name not in cls.offered() or name in PART_SITES:
             reason = cls.refused.get(name, 'there is no site of that name')
             raise SiteError(
                 f'Site {name!r} is not offered by {cls.__name__}: {reason}. '
                 f'Offered: {", ".join(cls.offered())}.')
         dims = cls.embed_dims(block.module)
-        if name in STREAM_SITES:
-            return Site(name, dims, dims, block.path, block.stage)
-        module = cls.modules(block.module)[name]
-        if not isinstance(module, nn.Linear):
-            return Site(name, dims, dims, block.path, block.stage)
+        stem_dims, patch_size = cls.stem(block.backbone)
+        module = block.layer(name)
+        in_dims = out_dims = dims
         rows = {}
+        if isinstance(module, nn.Linear):
+            in_dims, out_dims = module.in_features, module.out_features
+            if name in INPUT_SITES:
+                out_dims = in_dims
         if name == 'qkv':
             size = module.out_features // 3
             rows = {
                 p: (i * size, i * size + size)
                 for i, p in enumerate('qkv')
             }
-        return Site(name, module.in_features, module.out_features, block.path,
-                    block.stage, rows)
+        return Site(
+            name,
+            in_dims,
+            out_dims,
+            block.path,
+            block.stage,
+            rows,
+            index=block.index,
+            stem_dims=stem_dims,
+            patch_size=patch_size,
+            drop_path=cls.drop_path(block.module))
 
     @classmethod
     def blocks(cls, root: nn.Module) -> List[Tuple[str, Block]]:
@@ -168,9 +240,10 @@ class SiteMap:
             host = match['host'] or ''
             inner = path[len(host) + 1:] if host else path
             index = sum(h == host for h, _ in found)
+            backbone = root.get_submodule(host)
             found.append((host,
                           Block(inner, index, int(match['stage']),
-                                match['stage_path'], module, cls)))
+                                match['stage_path'], module, backbone, cls)))
         return found
 
     @classmethod
@@ -183,7 +256,7 @@ class SiteMap:
         stock = type(block)
         if hasattr(stock, 'stock_class'):
             return
-        block.__class__ = _peft_class(cls.mixin, stock)
+        block.__class__ = peft_class(cls.mixin, stock)
         cls.stream(block)
         block.peft = BlockPEFT()
 
@@ -195,35 +268,9 @@ class SiteMap:
         for module in cls.modules(block).values():
             disconnect(module)
         del block.peft
+        cls.close_attention(block)
         cls.unstream(block)
         block.__class__ = type(block).stock_class
-
-
-_CLASSES: Dict[Tuple[type, type], type] = {}
-
-
-def _peft_class(mixin: type, stock: type) -> type:
-    """``class PEFTX(mixin, X)``, made once per stock class."""
-    key = (mixin, stock)
-    if key not in _CLASSES:
-        _CLASSES[key] = type(f'PEFT{stock.__name__}', (mixin, stock),
-                             dict(stock_class=stock, __module__=__name__))
-    return _CLASSES[key]
-
-
-def connect(module: nn.Module, peft: BlockPEFT, site: str) -> None:
-    """Make a stock submodule call the modules attached at its site."""
-    if not hasattr(module, '_peft_site'):
-        # A tuple, so that the reference is not registered as a child.
-        module._peft_site = (peft, site)
-        module._peft_handle = module.register_forward_hook(site_hook)
-
-
-def disconnect(module: nn.Module) -> None:
-    """Undo :func:`connect`."""
-    if hasattr(module, '_peft_site'):
-        module._peft_handle.remove()
-        del module._peft_site, module._peft_handle
 
 
 def family_names() -> str:

@@ -1,14 +1,15 @@
 """Swin Transformer blocks of mmdet, mmseg and mmpretrain."""
-from typing import Dict, List
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..registry import SITE_MAPS
-from ..sites import TokenLayout
-from .base import SiteMap
+from ..sites import TOKEN_SITES, TokenLayout
+from .attached import peft_class
+from .base import Block, Part, SiteMap, TrunkBlock
 
 __all__ = ['SwinSites']
 
@@ -23,26 +24,114 @@ class SwinForward:
     def forward(self, x: Tensor, hw_shape: tuple) -> Tensor:
         """(B, H*W, C) -> (B, H*W, C)"""
         layout = TokenLayout((int(hw_shape[0]), int(hw_shape[1])))
-        # Stock checkpoints only where the input requires a gradient, as the
-        # reentrant kind needs that; behind a frozen stem it never does in the
-        # first block, whose adapters need gradients all the same.
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward, x, layout, hw_shape, use_reentrant=False)
-        return self._forward(x, layout, hw_shape)
+        return self.peft.call(self._forward, x, layout, self.with_cp, hw_shape)
 
-    def _forward(self, x: Tensor, layout: TokenLayout,
-                 hw_shape: tuple) -> Tensor:
+    def _forward(self, x: Tensor, tokens: Optional[Tensor],
+                 layout: TokenLayout, hw_shape: tuple) -> Tuple:
         run = self.peft.run
-        branch = self.attn(self.norm1(x), hw_shape)
+        shortcut = run('attn_shortcut', x, x, layout)
+        normed = self.norm1(x)
+        branch, seen = self._attend(normed, tokens, layout, hw_shape)
+        branch = run('attn_parallel', normed, branch, layout)
         branch = run('attn_branch', x, branch, layout)
-        y = self.attn_drop_path(branch) + x
+        branch, seen = self._drop(self.attn_drop_path, branch, seen)
+        y = run('attn_add', x, branch, layout) + shortcut
         x = run('attn_residual', x, y, layout)
+        if seen is not None:
+            tokens = tokens + seen
 
-        branch = self.ffn.gamma2(self.ffn.layers(self.norm2(x)))
+        shortcut = run('ffn_shortcut', x, x, layout)
+        normed = self.norm2(x)
+        branch = self.ffn.gamma2(self.ffn.layers(normed))
+        branch = run('ffn_parallel', normed, branch, layout)
         branch = run('ffn_branch', x, branch, layout)
-        y = x + self.ffn.dropout_layer(branch)
-        return run('ffn_residual', x, y, layout)
+        if seen is not None:
+            seen = self.ffn.gamma2(self.ffn.layers(self.norm2(tokens)))
+        branch, seen = self._drop(self.ffn.dropout_layer, branch, seen)
+        y = shortcut + run('ffn_add', x, branch, layout)
+        if seen is not None:
+            tokens = tokens + seen
+        return run('ffn_residual', x, y, layout), tokens
+
+    @staticmethod
+    def _drop(drop_path: nn.Module, branch: Tensor,
+              seen: Optional[Tensor]) -> Tuple:
+        """Drop-path, the same draw for the map and the tokens of a sample."""
+        if seen is None:
+            return drop_path(branch), None
+        both = drop_path(torch.cat([seen, branch], dim=1))
+        return both[:, seen.shape[1]:], both[:, :seen.shape[1]]
+
+    def _attend(self, normed: Tensor, tokens: Optional[Tensor],
+                layout: TokenLayout, hw_shape: tuple) -> Tuple:
+        """Attention branch, and what the tokens that go on have seen."""
+        peft = self.peft
+        if not peft.has(*TOKEN_SITES):
+            return self.attn(normed, hw_shape), None
+        empty = normed.new_zeros(normed.shape[0], 0, normed.shape[-1])
+        joined = empty if tokens is None else self.norm1(tokens)
+        w_msa = self.attn.w_msa
+        w_msa.queries = peft.carries
+        w_msa.joined = peft.run('attn_tokens', normed, joined, layout)
+        w_msa.extra = peft.run('attn_kv', normed, (empty[:1], ) * 2, layout)
+        branch = self.attn(normed, hw_shape)
+        seen, w_msa.seen = w_msa.seen, None
+        return branch, None if seen is None else seen[:, :tokens.shape[1]]
+
+
+class JoinedWindowMSA:
+    """The stock window attention, where extra tokens join every window.
+
+    They have no place in the window, so no relative-position bias and no
+    shift mask. A window belongs to one sample (windows are ordered by sample
+    first), and sees the tokens of that sample.
+    """
+
+    # Set by the block before each call: tokens (B, p, C) that are projected
+    # like the map's; extra keys and values; whether the tokens ask, too; and
+    # what they have seen, (B, p, C), mean over the windows.
+    joined = extra = seen = None
+    queries = False
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """(B * windows, N, C) -> (B * windows, N, C)"""
+        windows, size, dims = x.shape
+        joined, extra, self.joined, self.extra = (self.joined, self.extra,
+                                                  None, None)
+        batch = joined.shape[0]
+        asked, keys, values = self.qkv(joined).chunk(3, dim=-1)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+
+        def spread(t: Tensor) -> Tensor:
+            # (B or 1, p, C) -> (B * windows, p, C)
+            return t.repeat_interleave(windows // t.shape[0], dim=0)
+
+        def heads(t: Tensor) -> Tensor:
+            # (B * windows, N, C) -> (B * windows, heads, N, C / heads)
+            return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        k = torch.cat([spread(extra[0]), spread(keys), k], dim=1)
+        v = torch.cat([spread(extra[1]), spread(values), v], dim=1)
+        bias = self.relative_position_bias_table[
+            self.relative_position_index.view(-1)].view(size, size, -1)
+        bias = bias.permute(2, 0, 1)
+        if mask is not None:
+            # (heads, N, N) + (windows of a sample, 1, N, N)
+            bias = (bias + mask.unsqueeze(1)).repeat(
+                windows // mask.shape[0], 1, 1, 1)
+        num_asked = asked.shape[1] if self.queries else 0
+        if num_asked:
+            q = torch.cat([spread(asked), q], dim=1)
+        # What has no place has no bias.
+        bias = F.pad(bias, (k.shape[1] - size, 0, num_asked, 0))
+        scores = heads(q) * self.scale @ heads(k).transpose(-2, -1) + bias
+        weights = self.attn_drop(self.softmax(scores))
+        out = (weights @ heads(v)).transpose(1, 2).flatten(2)
+        out = self.proj_drop(self.proj(out))
+        if self.queries:
+            seen = out[:, :num_asked].unflatten(0, (batch, -1))
+            self.seen = seen.mean(dim=1)
+        return out[:, num_asked:]
 
 
 @SITE_MAPS.register_module()
@@ -83,8 +172,87 @@ class SwinSites(SiteMap):
         del block.attn_drop_path
 
     @classmethod
+    def open_attention(cls, block: nn.Module) -> None:
+        w_msa = block.attn.w_msa
+        if not isinstance(w_msa, JoinedWindowMSA):
+            w_msa.__class__ = peft_class(JoinedWindowMSA, type(w_msa))
+
+    @classmethod
+    def close_attention(cls, block: nn.Module) -> None:
+        w_msa = block.attn.w_msa
+        if isinstance(w_msa, JoinedWindowMSA):
+            for name in ('joined', 'extra', 'seen', 'queries'):
+                w_msa.__dict__.pop(name, None)
+            w_msa.__class__ = type(w_msa).stock_class
+
+    @classmethod
     def embed_dims(cls, block: nn.Module) -> int:
         return block.attn.w_msa.embed_dims
+
+    @classmethod
+    def drop_path(cls, block: nn.Module) -> float:
+        return float(getattr(block.ffn.dropout_layer, 'drop_prob', 0.))
+
+    @classmethod
+    def stem(cls, backbone: nn.Module) -> Tuple[int, int]:
+        projection = backbone.patch_embed.projection
+        return projection.out_channels, projection.kernel_size[0]
+
+    @classmethod
+    def parts(cls, backbone: nn.Module) -> List[Part]:
+        stem, last = backbone.patch_embed, max(backbone.out_indices)
+        parts = [('patch_embed', 'patch_embed.projection', 0, stem.projection),
+                 ('patch_norm', 'patch_embed.norm', 0, stem.norm)]
+        for stage, merging in cls.mergings(backbone).items():
+            if stage <= last:
+                parts.append(('merge_norm',
+                              f'stages.{stage - 1}.downsample.norm', stage - 1,
+                              merging.norm))
+        for stage, path in cls.outputs(backbone).items():
+            parts.append(('out_norm', path, stage, getattr(backbone, path)))
+        return [
+            Part(name, path, stage, module.weight.shape[0], module)
+            for name, path, stage, module in parts
+            if getattr(module, 'weight', None) is not None
+        ]
+
+    @classmethod
+    def trunk_block(cls, block: Block) -> TrunkBlock:
+        attn = block.module.attn
+        return TrunkBlock(
+            block.index,
+            block.stage,
+            block.path,
+            embed_dims=cls.embed_dims(block.module),
+            num_heads=attn.w_msa.num_heads,
+            mlp_dims=cls.modules(block.module)['fc1'].out_features,
+            window_size=attn.window_size,
+            shift_size=attn.shift_size)
+
+    @classmethod
+    def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
+        return {
+            i + 1: stage.downsample
+            for i, stage in enumerate(backbone.stages)
+            if stage.downsample is not None
+        }
+
+    @classmethod
+    def merge_map(cls, merging: nn.Module, layout: TokenLayout,
+                  tokens: Tensor) -> Tensor:
+        return merging(tokens, layout.hw_shape)[0]
+
+    @classmethod
+    def merge_tokens(cls, merging: nn.Module, tokens: Tensor) -> Tensor:
+        # A token takes the place of all four neighbours; the channels of the
+        # stock layer's unfolded map are ordered with the neighbours last.
+        tokens = tokens.repeat_interleave(4, dim=-1)
+        tokens = merging.norm(tokens) if merging.norm else tokens
+        return merging.reduction(tokens)
+
+    @classmethod
+    def outputs(cls, backbone: nn.Module) -> Dict[int, str]:
+        return {i: f'norm{i}' for i in sorted(backbone.out_indices)}
 
     @classmethod
     def unreached(cls, backbone: nn.Module) -> List[str]:

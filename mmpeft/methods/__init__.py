@@ -8,8 +8,9 @@ from .ln_tune import LNTune
 from .lora import LoRA
 from .mona import Mona
 from .partial import Partial
+from .side import SideNetwork
 
 __all__ = [
-    'PEFTModule', 'Selector', 'Full', 'Frozen', 'Partial', 'BitFit', 'LNTune',
+    'PEFTModule', 'Selector', 'SideNetwork', 'Full', 'Frozen', 'Partial', 'BitFit', 'LNTune',
     'Adapter', 'AdaptFormer', 'LoRA', 'Mona'
 ]

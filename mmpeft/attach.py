@@ -1,0 +1,192 @@
+"""Build what the methods ask for, and put it into a backbone."""
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch.nn as nn
+
+from .backbones.attached import BlockPEFT, connect
+from .backbones.base import Block, Part
+from .errors import PEFTError, SiteError
+from .methods.base import PEFTModule
+from .methods.side import SideNetwork, Trunk
+from .plan import MethodPlan
+from .sites import INPUT_SITES, MODULE_SITES, TOKEN_SITES
+from .state import PEFTState
+from .stream import Stream, join_output
+
+__all__ = ['Build', 'attach']
+
+
+class Build:
+    """Everything that will be attached, built and checked.
+
+    The backbone is only read.
+
+    Args:
+        backbone (nn.Module): The stock backbone.
+        plans (list[MethodPlan]): The methods.
+        blocks (list[Block]): The blocks that reach an output.
+    """
+
+    def __init__(self, backbone: nn.Module, plans: Sequence[MethodPlan],
+                 blocks: Sequence[Block]) -> None:
+        self.family = blocks[0].family
+        #: (block or part, name of the method, modules by site)
+        self.modules: List[Tuple] = []
+        self.shared: Dict[str, nn.Module] = {}
+        self.networks: Dict[str, SideNetwork] = {}
+        #: Blocks that a side network runs beside, and what it reads there.
+        self.taps: Dict[str, Tuple[str, ...]] = {}
+        #: Names of the stock parameters that side networks train.
+        self.trained: set = set()
+        self.stream: Optional[Stream] = None
+        for plan in plans:
+            if plan.is_module:
+                self._add_modules(plan, backbone, blocks)
+            elif plan.is_network:
+                self._add_network(plan, backbone, blocks)
+        self._check_tokens()
+        carries = any(m.carries for _, _, at in self.modules
+                      for m in at.values())
+        joins = any('tokens' in at for _, _, at in self.modules)
+        if self.networks or carries or joins:
+            self.stream = Stream(self.family, self.networks,
+                                 self.family.mergings(backbone))
+
+    def _add_modules(self, plan: MethodPlan, backbone: nn.Module,
+                     blocks: Sequence[Block]) -> None:
+        cls = plan.cls
+        places: List[Tuple] = []
+        for block in plan.choose(blocks):
+            if cls.needs_grid and not self.family.has_grid:
+                raise SiteError(
+                    f'{cls.__name__} needs a grid of tokens; the tokens of '
+                    f'{type(block.module).__name__} form none.')
+            kwargs = plan.kwargs_for(block, blocks)
+            sites = [
+                self.family.site(block, name)
+                for name in cls.sites_for(**kwargs)
+            ]
+            places.append((block, sites, kwargs))
+        if not plan.restricted:
+            places += [(part, [part.site], plan.kwargs)
+                       for part in self.family.parts(backbone)
+                       if part.name in cls.parts]
+        owner = cls.build_shared([s for _, sites, _ in places for s in sites],
+                                 **plan.kwargs)
+        if owner is not None:
+            if plan.overrides:
+                raise PEFTError(f'{cls.__name__} shares weights between '
+                                'blocks, so its arguments cannot differ per '
+                                'block; remove `overrides`.')
+            self.shared[plan.name] = owner
+        for place, sites, kwargs in places:
+            at = {site.name: plan.construct(site, kwargs) for site in sites}
+            for name, module in at.items():
+                if owner is not None:
+                    module.bind_shared(owner)
+                if module.needs_layer:
+                    module.bind_layer(place.layer(name))
+            self.modules.append((place, plan.name, at))
+
+    def _add_network(self, plan: MethodPlan, backbone: nn.Module,
+                     blocks: Sequence[Block]) -> None:
+        cls = plan.cls
+        chosen = plan.choose(blocks)
+        dims = {b.stage: self.family.embed_dims(b.module) for b in chosen}
+        stages = list(dims)
+        gap = set(range(stages[0], stages[-1] + 1)) - set(stages)
+        if gap:
+            raise PEFTError(f'{cls.__name__}: `layers` leaves out stage '
+                            f'{min(gap)} between two that it has; its state '
+                            'cannot skip a stage.')
+        outputs = self.family.outputs(backbone)
+        trunk = Trunk(
+            tuple(self.family.trunk_block(b) for b in chosen), dims,
+            tuple(s for s in outputs if s in dims),
+            self.family.stem(backbone)[0])
+        if not trunk.outputs:
+            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
+                            f'({stages}) is an output of the backbone.')
+        self.networks[plan.name] = plan.construct(trunk)
+        for block in chosen:
+            self.taps[block.path] = self.taps.get(block.path, ()) + cls.taps
+        if cls.trains_out_norms:
+            roots = tuple(f'{outputs[s]}.' for s in trunk.outputs)
+            self.trained |= {
+                n
+                for n, _ in backbone.named_parameters() if n.startswith(roots)
+            }
+
+    def _check_tokens(self) -> None:
+        """Tokens that are passed on cannot be told from others' tokens."""
+        names: Dict[str, List[PEFTModule]] = {}
+        for place, _, at in self.modules:
+            if 'tokens' in at:
+                names.setdefault(place.path, []).append(at['tokens'])
+        for modules in names.values():
+            if len(modules) > 1 and any(m.carries for m in modules):
+                titles = ' and '.join(type(m).__name__ for m in modules)
+                raise PEFTError(f'{titles} cannot stand together: both put '
+                                'tokens before the same blocks, and one of '
+                                'them passes its tokens on.')
+
+
+def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
+    """Put everything in its place."""
+    family, stream = build.family, build.stream
+    reference = next(iter(backbone.parameters()))
+    for name, child in [*build.shared.items(), *build.networks.items()]:
+        if hasattr(state, name):
+            raise PEFTError(f'name={name!r} is taken; choose another.')
+        # What is attached follows the backbone's device and precision.
+        state.add_module(name, child.to(reference))
+    for place, name, at in build.modules:
+        if isinstance(place, Part):
+            _attach_part(place, name, at)
+        else:
+            _attach_block(place, name, at)
+        place.module.peft[name].to(reference)
+    if stream is None:
+        return
+    for block in _blocks(build, backbone):
+        module = block.module
+        family.swap(module)
+        module.peft.stream = stream
+        module.peft.place = family.trunk_block(block)
+        module.peft.taps = build.taps.get(block.path, ())
+    for stage, path in family.outputs(backbone).items():
+        if any(stage in n.trunk.outputs for n in build.networks.values()):
+            norm = backbone.get_submodule(path)
+            norm._peft_output = (stream, stage)
+            state._handles.append(norm.register_forward_pre_hook(join_output))
+
+
+def _blocks(build: Build, backbone: nn.Module) -> List[Block]:
+    """Blocks that anything travels beside."""
+    paths = set(build.taps) | {
+        place.path
+        for place, _, at in build.modules if 'tokens' in at
+    }
+    return [
+        b for _, b in build.family.blocks(backbone) if b.path in paths
+    ]
+
+
+def _attach_block(block: Block, name: str,
+                  at_sites: Dict[str, PEFTModule]) -> None:
+    family, module = block.family, block.module
+    family.swap(module)
+    module.peft[name] = nn.ModuleDict(at_sites)
+    for site in at_sites:
+        if site in MODULE_SITES + INPUT_SITES:
+            connect(block.layer(site), module.peft, site)
+        if site in TOKEN_SITES:
+            family.open_attention(module)
+
+
+def _attach_part(part: Part, name: str, at_sites: Dict[str,
+                                                       PEFTModule]) -> None:
+    if 'peft' not in part.module._modules:
+        part.module.peft = BlockPEFT()
+    part.module.peft[name] = nn.ModuleDict(at_sites)
+    connect(part.module, part.module.peft, part.name)

@@ -1,0 +1,137 @@
+"""What stands under ``.peft`` of a stock module, and how it is called."""
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..sites import INPUT_SITES, TokenLayout
+
+__all__ = ['BlockPEFT', 'connect', 'disconnect', 'peft_class']
+
+
+class BlockPEFT(nn.ModuleDict):
+    """``block.peft``: the attached modules, ``{name: {site: module}}``."""
+
+    # What travels beside the tokens (mmpeft.stream.Stream); None if nothing
+    # does.
+    stream = None
+    # The block as side networks see it.
+    place = None
+    # Branch sites that side networks read, and what they found there.
+    taps: Tuple[str, ...] = ()
+    tapped: Optional[Dict[str, Tensor]] = None
+
+    def has(self, *sites: str) -> bool:
+        """Whether anything is attached at one of the sites."""
+        return any(s in modules for modules in self.values() for s in sites)
+
+    @property
+    def carries(self) -> bool:
+        """Whether its tokens go on to the next block."""
+        return any(modules['tokens'].carries for modules in self.values()
+                   if 'tokens' in modules)
+
+    def run(self,
+            site: str,
+            x: Tensor,
+            y: Any,
+            layout: Optional[TokenLayout] = None) -> Any:
+        """Pass ``y`` through the modules at a site, in order of attachment."""
+        for modules in self.values():
+            if site in modules:
+                y = modules[site](x, y, layout)
+        if self.tapped is not None and site in self.taps:
+            self.tapped[site] = y.detach()
+        return y
+
+    def call(self, forward: Callable, x: Tensor, layout: TokenLayout,
+             with_cp: bool, *args: Any) -> Tensor:
+        """Run the forward of the block, with what travels beside it.
+
+        Args:
+            forward (Callable): ``(x, tokens, layout, *args) -> (x, tokens)``.
+            x (Tensor): (B, N, C).
+            layout (TokenLayout): How its tokens are arranged.
+            with_cp (bool): Whether to checkpoint. Stock checkpoints only
+                where the input requires a gradient, as the reentrant kind
+                needs that; behind a frozen stem it never does in the first
+                block, whose modules need gradients all the same.
+            *args: For ``forward``.
+        """
+        tokens = None
+        if self.stream is not None:
+            tokens = self.stream.join(self, x, layout)
+            self.tapped = {} if self.taps else None
+        if with_cp and torch.is_grad_enabled():
+            y, tokens = checkpoint(
+                forward, x, tokens, layout, *args, use_reentrant=False)
+        else:
+            y, tokens = forward(x, tokens, layout, *args)
+        if self.stream is not None:
+            # Taken away, so that recomputing in backward records nothing.
+            taps, self.tapped = self.tapped, None
+            self.stream.leave(self, x, y, tokens, taps, layout)
+        return y
+
+
+def input_hook(module: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook of a linear layer whose input is a site."""
+    peft, site = module._peft_site
+    return (peft.run(f'{site}_input', args[0], args[0]), *args[1:])
+
+
+def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook of a stock submodule that is a site.
+
+    It reads its target from the module and closes over nothing, so that a
+    deep copy (EMA) runs the copy's adapters.
+    """
+    peft, site = module._peft_site
+    if isinstance(module, nn.Conv2d):
+        # (B, C, H, W) -> (B, H, W, C) and back: sites have channels last.
+        x, y = args[0].movedim(1, -1), output.movedim(1, -1)
+        return peft.run(site, x, y).movedim(-1, 1)
+    return peft.run(site, args[0], output)
+
+
+def connect(module: nn.Module, peft: BlockPEFT, site: str) -> None:
+    """Make a stock submodule call the modules attached at its sites.
+
+    Args:
+        module (nn.Module): The stock submodule.
+        peft (BlockPEFT): What is attached.
+        site (str): Name of the submodule's site, or of that of its input.
+    """
+    is_input = site in INPUT_SITES
+    if is_input:
+        site = site[:-len('_input')]
+    if not hasattr(module, '_peft_site'):
+        # A tuple, so that the reference is not registered as a child.
+        module._peft_site = (peft, site)
+        module._peft_handles = {}
+    if is_input not in module._peft_handles:
+        module._peft_handles[is_input] = (
+            module.register_forward_pre_hook(input_hook)
+            if is_input else module.register_forward_hook(output_hook))
+
+
+def disconnect(module: nn.Module) -> None:
+    """Undo :func:`connect`."""
+    if hasattr(module, '_peft_site'):
+        for handle in module._peft_handles.values():
+            handle.remove()
+        del module._peft_site, module._peft_handles
+
+
+_CLASSES: Dict[Tuple[type, type], type] = {}
+
+
+def peft_class(mixin: type, stock: type) -> type:
+    """``class PEFTX(mixin, X)``, made once per stock class."""
+    key = (mixin, stock)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(f'PEFT{stock.__name__}', (mixin, stock),
+                             dict(stock_class=stock, __module__=__name__))
+    return _CLASSES[key]

@@ -1,0 +1,97 @@
+"""What travels beside the token stream through one forward."""
+from functools import partial
+from typing import Any, Dict, Optional, Type
+
+import torch.nn as nn
+from torch import Tensor
+
+from .methods.side import SideNetwork
+from .sites import TokenLayout
+
+__all__ = ['Stream', 'begin', 'end', 'join_output']
+
+
+class Stream:
+    """Prompts that blocks pass on, and the states of side networks.
+
+    It lives from the beginning of the backbone's forward to its end; between
+    two forwards it holds no tensor. Blocks reach it by a plain attribute, so
+    a deep copy of the backbone gets one of its own.
+
+    Args:
+        family (type): Site map of the blocks.
+        networks (dict[str, SideNetwork]): The side networks by name.
+        mergings (dict[int, nn.Module]): By stage, the stock patch merging
+            that leads into it.
+    """
+
+    def __init__(self, family: Type, networks: Dict[str, SideNetwork],
+                 mergings: Dict[int, nn.Module]) -> None:
+        self.family = family
+        self.networks = networks
+        self.mergings = mergings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tensors."""
+        self.tokens: Optional[Tensor] = None
+        self.states: Dict[str, Any] = {}
+        self.stage: Optional[int] = None
+        self.layout: Optional[TokenLayout] = None
+
+    def join(self, peft: nn.ModuleDict, x: Tensor,
+             layout: TokenLayout) -> Optional[Tensor]:
+        """Tokens (B, p, C) that enter a block beside ``x``; None if it has no
+        such site."""
+        if not peft.has('tokens'):
+            self.tokens = None
+            return None
+        tokens = self.tokens
+        if tokens is None:
+            tokens = x.new_zeros(x.shape[0], 0, x.shape[-1])
+        elif tokens.shape[-1] != x.shape[-1]:
+            merging = self.mergings[peft.place.stage]
+            tokens = self.family.merge_tokens(merging, tokens)
+        return peft.run('tokens', x, tokens, layout)
+
+    def leave(self, peft: nn.ModuleDict, x: Tensor, y: Tensor,
+              tokens: Optional[Tensor], taps: Optional[Dict[str, Tensor]],
+              layout: TokenLayout) -> None:
+        """Take over what came out of a block."""
+        self.tokens = tokens if peft.carries else None
+        place, states = peft.place, self.states
+        x, y = x.detach(), y.detach()
+        for name, network in self.networks.items():
+            if self.stage is None:
+                states[name] = network.start(x, layout)
+            elif place.stage != self.stage:
+                downsample = partial(self.family.merge_map,
+                                     self.mergings[place.stage], self.layout)
+                states[name] = network.next_stage(states[name], place.stage,
+                                                  downsample, self.layout)
+            states[name] = network.step(states[name], place, x, y, taps,
+                                        layout)
+        self.stage, self.layout = place.stage, layout
+
+    def output(self, x: Tensor, stage: int) -> Tensor:
+        """The output of a stage with the side networks joined."""
+        if stage == self.stage:
+            for name, network in self.networks.items():
+                x = network.output(self.states[name], x, stage, self.layout)
+        return x
+
+
+def begin(backbone: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of the backbone."""
+    backbone.peft.stream.reset()
+
+
+def end(backbone: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of the backbone; also runs after an error."""
+    backbone.peft.stream.reset()
+
+
+def join_output(norm: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook of the norm of an output."""
+    stream, stage = norm._peft_output
+    return (stream.output(args[0], stage), *args[1:])
