@@ -1,0 +1,295 @@
+"""Every site of every family, with modules that only look or only add."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import LIBRARIES, build_pair, peft_cfg
+from mmengine.registry import MODELS
+
+from mmpeft.backbones import find_family
+from mmpeft.errors import PEFTError
+from mmpeft.injection import eject
+from mmpeft.methods.base import PEFTModule
+from mmpeft.methods.side import SideNetwork
+from mmpeft.sites import (INPUT_SITES, MODULE_SITES, PART_SITES, SITES,
+                          STREAM_SITES, TOKEN_SITES)
+
+MAP_SITES = MODULE_SITES + INPUT_SITES + STREAM_SITES
+
+
+class Look(PEFTModule):
+    """Changes nothing and keeps what it saw."""
+
+    sites = MAP_SITES
+    parts = PART_SITES
+    no_merge = None
+
+    def __init__(self, site, at=MAP_SITES):
+        super().__init__(site)
+        self.seen = None
+
+    @classmethod
+    def sites_for(cls, at=MAP_SITES):
+        return tuple(s for s in at if s not in PART_SITES)
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x, y, layout):
+        self.seen = (x, y, layout)
+        return y
+
+
+class Add(Look):
+    """Adds a number to what passes."""
+
+    def __init__(self, site, at=MAP_SITES):
+        super().__init__(site, at)
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, y, layout):
+        # Not the same in all channels, which a norm would take away.
+        return y + self.shift * torch.linspace(-1, 1, y.shape[-1])
+
+
+class Prompt(PEFTModule):
+    """Tokens, or keys and values, that may be none."""
+
+    no_merge = 'it adds tokens'
+
+    def __init__(self, site, at='tokens', num=2, carries=False):
+        super().__init__(site)
+        self.carries = carries
+        self.own = nn.Parameter(torch.randn(1, num, site.in_dims))
+
+    @classmethod
+    def sites_for(cls, at='tokens', **kwargs):
+        return (at, )
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x, y, layout):
+        if self.site.name == 'attn_kv':
+            return tuple(torch.cat([t, self.own], 1) for t in y)
+        if self.carries and y.shape[1]:
+            return y
+        return torch.cat([y, self.own.expand(len(x), -1, -1)], 1)
+
+
+class Count(SideNetwork):
+    """Writes down what it is given."""
+
+    taps = ('attn_branch', 'ffn_branch')
+
+    def __init__(self, trunk):
+        super().__init__(trunk)
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.log = []
+
+    def reset_parameters(self):
+        pass
+
+    def start(self, x, layout):
+        self.log = ['start']
+        return x.new_zeros(x.shape)
+
+    def step(self, u, block, x, y, taps, layout):
+        assert not (x.requires_grad or y.requires_grad)
+        assert u.shape == x.shape == y.shape
+        assert set(taps) == set(self.taps)
+        self.log.append(block.path)
+        return u + taps['attn_branch'] + taps['ffn_branch']
+
+    def next_stage(self, u, stage, downsample, layout):
+        self.log.append(f'stage {stage}')
+        return downsample(u)
+
+    def output(self, u, x, stage, layout):
+        self.log.append(f'output {stage}')
+        return x + self.weight * u
+
+
+def both(library, cls, **kwargs):
+    stock, _ = build_pair(library, 'Frozen')
+    peft = MODELS.build(peft_cfg(library, dict(type=cls, **kwargs)))
+    peft.load_state_dict(stock.state_dict(), strict=False)
+    return stock, peft
+
+
+def run(backbone, image):
+    torch.manual_seed(4)
+    return backbone(image)
+
+
+def test_looking_changes_nothing(library, image):
+    """In training mode, with drop-path, with and without checkpoints."""
+    stock, peft = both(library, Look)
+    for with_cp in (False, True):
+        for _, block in find_family(peft):
+            block.module.with_cp = with_cp
+        for a, b in zip(run(stock, image), run(peft, image)):
+            assert torch.equal(a, b)
+
+
+def test_what_sites_see(library, image):
+    _, peft = both(library, Look)
+    outs = run(peft, image)
+    for _, block in find_family(peft):
+        modules = block.module.peft['look']
+        assert set(modules) == set(MAP_SITES)
+        seen = {s: m.seen for s, m in modules.items()}
+        dims = block.family.embed_dims(block.module)
+        for site in MAP_SITES:
+            x, y, _ = seen[site]
+            spot = modules[site].site
+            assert spot.embed_dims == spot.in_dims == x.shape[-1], site
+            assert spot.out_dims == y.shape[-1], site
+            assert (spot.index, spot.block) == (block.index, block.path)
+            assert (spot.stem_dims, spot.patch_size) == (16, 4)
+            if site in STREAM_SITES:
+                height, width = seen[site][2].hw_shape
+                assert x.shape == y.shape == (2, height * width, dims)
+            if site in INPUT_SITES or 'shortcut' in site:
+                assert x is y
+        for name in ('qkv', 'proj', 'fc1', 'fc2'):
+            assert torch.equal(seen[name][0], seen[f'{name}_input'][1])
+        assert torch.equal(seen['attn_parallel'][0], seen['norm1'][1])
+        assert torch.equal(seen['ffn_parallel'][0], seen['norm2'][1])
+        for branch in ('attn', 'ffn'):
+            stream = seen[f'{branch}_shortcut'][0]
+            for kind in ('branch', 'add', 'residual'):
+                assert torch.equal(seen[f'{branch}_{kind}'][0], stream)
+            total = stream + seen[f'{branch}_add'][1]
+            assert torch.equal(seen[f'{branch}_residual'][1], total)
+        assert torch.equal(seen['ffn_shortcut'][0], seen['attn_residual'][1])
+    norm = peft.norm1.peft['look']['out_norm']
+    x, y, _ = norm.seen
+    assert torch.equal(outs[1].flatten(2).transpose(1, 2), y)
+    conv = peft.patch_embed.projection.peft['look']['patch_embed']
+    assert conv.seen[1].shape == (2, 15, 11, 16) and conv.site.out_dims == 16
+
+
+@pytest.mark.parametrize('site', MAP_SITES + PART_SITES)
+def test_the_result_takes_its_place(library, image, site):
+    stock, peft = both(library, Add, at=(site, ), layers=None)
+    stock.eval(), peft.eval()
+    before = run(stock, image)
+    modules = [m for m in peft.modules() if isinstance(m, Add)]
+    mine = [m for m in modules if m.site.name == site]
+    assert mine
+    for module in modules:
+        module.shift.data.fill_(.5 if module in mine else 0)
+    # The last output comes after all of them.
+    assert (run(peft, image)[-1] - before[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_parts_follow_layers_and_outputs(library):
+    pytest.importorskip(library)
+    _, peft = both(library, Look, layers='stage:1')
+    assert not hasattr(peft.norm1, 'peft')
+    _, peft = both(library, Look)
+    found = {
+        m.site.name: m.site.block
+        for m in peft.modules()
+        if isinstance(m, Look) and m.site.name in PART_SITES
+    }
+    assert set(found) == set(PART_SITES)
+    eject(peft)
+    assert not any('peft' in k for k in peft.state_dict())
+    assert not any('peft' in n for n, _ in peft.named_modules())
+
+
+@pytest.mark.parametrize('site', TOKEN_SITES)
+def test_no_tokens_is_stock_attention(library, image, site):
+    """The family's own attention, with nothing that joins it."""
+    stock, peft = both(library, Prompt, at=site, num=0)
+    for a, b in zip(run(stock, image), run(peft, image)):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+@pytest.mark.parametrize('carries', [False, True])
+@pytest.mark.parametrize('site', TOKEN_SITES)
+def test_samples_do_not_mix(library, image, site, carries):
+    if carries and site != 'tokens':
+        return
+    _, peft = both(library, Prompt, at=site, carries=carries)
+    peft.eval()
+    other = image.clone()
+    other[1] += 1
+    for a, b, alone in zip(
+            run(peft, image), run(peft, other), run(peft, image[:1])):
+        assert torch.equal(a[0], b[0])
+        assert not torch.equal(a[1], b[1])
+        assert torch.allclose(a[:1], alone, atol=1e-5)
+    twin = copy.deepcopy(peft)
+    for a, b in zip(run(peft, image), run(twin, image)):
+        assert torch.equal(a, b)
+    assert peft.peft.stream is None or peft.peft.stream.tokens is None
+
+
+def test_tokens_that_go_on_stand_alone(library):
+    with pytest.raises(PEFTError, match='Prompt and Prompt cannot stand'):
+        MODELS.build(
+            peft_cfg(library, [
+                dict(type=Prompt, carries=True),
+                dict(type=Prompt, name='second')
+            ]))
+
+
+def test_side_network(library, image):
+    stock, peft = both(library, Count)
+    network = peft.peft.count
+    for a, b in zip(run(stock, image), run(peft, image)):
+        assert torch.equal(a, b)
+    paths = [b.path for _, b in find_family(stock)]
+    assert network.log == [
+        'start', *paths[:2], 'output 0', 'stage 1', *paths[2:], 'output 1'
+    ]
+    assert peft.peft.stream.states == {} and peft.peft.stream.stage is None
+    assert [b.path for b in network.trunk.blocks] == paths
+    assert network.trunk.stage_dims == {0: 16, 1: 32}
+    network.weight.data.fill_(.1)
+    outs = run(peft, image)
+    assert not torch.equal(outs[0], run(stock, image)[0])
+    sum(o.sum() for o in outs).backward()
+    assert {n for n, p in peft.named_parameters()
+            if p.grad is not None} == {'peft.count.weight'}
+    twin = copy.deepcopy(peft)
+    assert twin.peft.stream.networks['count'] is twin.peft.count
+    assert twin.peft.count is not network
+    for a, b in zip(outs, run(twin, image)):
+        assert torch.equal(a, b)
+
+
+def test_side_network_and_checkpointing(library, image):
+    """Beside a method that is recomputed in backward."""
+    methods = [dict(type=Count), dict(type='LNTune')]
+    build_pair(library, 'Frozen')
+    peft = MODELS.build(peft_cfg(library, methods, allow_random_base=True))
+    peft.peft.count.weight.data.fill_(.1)
+    grads = []
+    for with_cp in (False, True):
+        for _, block in find_family(peft):
+            block.module.with_cp = with_cp
+        peft.zero_grad()
+        sum((o**2).mean() for o in run(peft, image)).backward()
+        grads.append([p.grad for p in peft.parameters() if p.requires_grad])
+        assert all(g is not None for g in grads[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_an_error_leaves_no_state(library, image):
+    _, peft = both(library, Count)
+    with pytest.raises(Exception):
+        peft(torch.zeros(1, 1, 8, 8))
+    assert peft.peft.stream.states == {}
+
+
+def test_every_site_is_in_the_table():
+    import os.path as osp
+    root = osp.dirname(osp.dirname(osp.abspath(__file__)))
+    text = open(osp.join(root, 'docs', 'en', 'sites.md')).read()
+    assert all(f'`{site}`' in text for site in (*SITES, 'stage_out'))
