@@ -1,16 +1,22 @@
 """What is attached: one file per method."""
 from .adapter import Adapter
+from .adapter_plus import AdapterPlus
 from .adaptformer import AdaptFormer
+from .bapat import BAPAT
 from .base import PEFTModule, Selector
 from .bitfit import BitFit
 from .full import Frozen, Full
 from .ln_tune import LNTune
 from .lora import LoRA
+from .lorand import LoRand
 from .mona import Mona
 from .partial import Partial
+from .prefix_tuning import PrefixTuning
 from .side import SideNetwork
+from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
-    'PEFTModule', 'Selector', 'SideNetwork', 'Full', 'Frozen', 'Partial', 'BitFit', 'LNTune',
-    'Adapter', 'AdaptFormer', 'LoRA', 'Mona'
+    'PEFTModule', 'Selector', 'SideNetwork', 'Full', 'Frozen', 'Partial',
+    'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
+    'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus'
 ]
