@@ -5,18 +5,25 @@ from .adaptformer import AdaptFormer
 from .bapat import BAPAT
 from .base import PEFTModule, Selector
 from .bitfit import BitFit
+from .convpass import Convpass
+from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
+from .hydra import Hydra
 from .ln_tune import LNTune
 from .lora import LoRA
 from .lorand import LoRand
 from .mona import Mona
 from .partial import Partial
 from .prefix_tuning import PrefixTuning
+from .rep_adapter import RepAdapter
 from .side import SideNetwork
+from .snf import SNF
+from .ssf import SSF
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     'PEFTModule', 'Selector', 'SideNetwork', 'Full', 'Frozen', 'Partial',
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
-    'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus'
+    'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
+    'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass'
 ]
