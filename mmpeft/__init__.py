@@ -16,6 +16,7 @@ _PUBLIC = {
     'merge': '.merge',
     'merged_state_dict': '.merge',
     'count_params': '.counting',
+    'ppt_factor': '.counting',
     'config_path': '.config',
     'PEFTError': '.errors',
     'SiteError': '.errors',

@@ -68,8 +68,11 @@ def settle(backbone: nn.Module) -> None:
     """Start those modules whose base weights arrived without their own."""
     state = backbone.peft
     for name in sorted(state.unsettled):
-        with torch.no_grad():
-            backbone.get_submodule(name).start_from_layer()
+        module = backbone.get_submodule(name)
+        # Parameters can be counted on the meta device, which has no values.
+        if not module.layer.weight.is_meta:
+            with torch.no_grad():
+                module.start_from_layer()
     state.unsettled.clear()
 
 

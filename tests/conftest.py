@@ -5,6 +5,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from mmpeft.registry import METHODS as METHOD_CLASSES
+
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 #: Every method with widths that fit a backbone of 16 and 32 channels.
 METHODS = {
@@ -17,7 +19,38 @@ METHODS = {
     'AdaptFormer': 'AdaptFormer:dim=4',
     'LoRA': 'LoRA:rank=4,targets=[q,k,v,proj,fc1,fc2]',
     'Mona': 'Mona:dim=4',
+    'VPTShallow': 'VPTShallow:num_tokens=3',
+    'VPTDeep': 'VPTDeep:num_tokens=3',
+    'VPTDeep, raw': 'VPTDeep:num_tokens=3,norm=False',
+    'PrefixTuning': 'PrefixTuning:num_tokens=3',
+    'PrefixTuning, reparam': 'PrefixTuning:num_tokens=3,reparam=True',
+    'LoRA, PiSSA': 'LoRA:rank=4,init=pissa',
+    'DoRA': 'DoRA:rank=4,targets=[q,k,v,proj,fc1,fc2]',
+    'VeRA': 'VeRA:rank=4,targets=[q,k,v,proj,fc1,fc2]',
+    'IA3': 'IA3',
+    'AdaLoRA': 'AdaLoRA:rank=4',
+    'FacTTT': 'FacTTT:rank=4',
+    'FacTTK': 'FacTTK:rank=4',
+    'Hydra': 'Hydra:rank=2',
+    'RepAdapter': 'RepAdapter:dim=4',
+    'SSF': 'SSF',
+    'SNF': 'SNF:num_flows=2',
+    'BAPAT': 'BAPAT:dim=4,adaptformer_dim=4',
+    'LoRand': 'LoRand:rank=2',
+    'Convpass': 'Convpass:dim=4',
+    'AdapterPlus': 'AdapterPlus:dim=4',
+    'E3VA': 'E3VA:rank=2',
+    'LST': 'LST:reduction=4',
+    'LAST': 'LAST:rank=4',
 }
+
+
+def method_of(name):
+    """The class that an entry of METHODS is about."""
+    return METHOD_CLASSES.get(name.split(',')[0])
+
+
+METHOD_CLASSES.import_from_location()
 
 
 def stock_cfg(library, **kwargs):

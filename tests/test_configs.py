@@ -16,6 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
+from mmpeft.engine.listing import list_methods
 from mmpeft.registry import METHODS
 
 pytest.importorskip('mmdet')
@@ -27,19 +28,12 @@ spec = importlib.util.spec_from_file_location(
 checker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(checker)
 
-FOLDERS = {
-    'adapter': 'Adapter',
-    'adaptformer': 'AdaptFormer',
-    'bitfit': 'BitFit',
-    'frozen': 'Frozen',
-    'full': 'Full',
-    'ln_tune': 'LNTune',
-    'lora': 'LoRA',
-    'mona': 'Mona',
-    'partial': 'Partial',
-}
+# Folders and their methods, by the name that a method has in keys.
+FOLDERS = {row['name']: row['method'] for row in list_methods()}
 TASKS = sorted(p.stem for p in (ROOT / 'configs/full').glob('*.py'))
 PUBLISHED = [t for t in TASKS if checker.DEMO not in t]
+PAIRS = [(f, t) for f in FOLDERS for t in TASKS
+         if (ROOT / f'configs/{f}/{t}.py').is_file()]
 # Learning rate, drop-path and outputs of the recipes.
 RECIPES = {
     'mask-rcnn_swin-b_coco': (1e-4, .2, (0, 1, 2, 3)),
@@ -76,7 +70,7 @@ def shrunken(cfg):
         out_indices=outputs,
         init_cfg=None,
         allow_random_base=True)
-    for argument in ('dim', 'rank'):
+    for argument in ('dim', 'rank', 'num_tokens', 'adaptformer_dim'):
         if argument in backbone.method:
             backbone.method[argument] = 4
     widths = [16 * 2**i for i in outputs]
@@ -117,8 +111,7 @@ def test_folders():
     assert sorted(PUBLISHED) == sorted(RECIPES)
 
 
-@pytest.mark.parametrize('task', TASKS)
-@pytest.mark.parametrize('method', FOLDERS)
+@pytest.mark.parametrize('method, task', PAIRS)
 def test_methods_are_compared_on_equal_terms(method, task):
     cfg = load(method, task)
     backbone = cfg.model.backbone
@@ -127,6 +120,9 @@ def test_methods_are_compared_on_equal_terms(method, task):
     assert backbone.method.type == FOLDERS[method]
     full = load('full', task)
     full.model.backbone.method = backbone.method
+    hooks = METHODS.get(FOLDERS[method]).hooks
+    assert cfg.pop('custom_hooks', []) == full.pop('custom_hooks', []) + list(
+        hooks)
     assert cfg.to_dict() == full.to_dict()
 
 
@@ -183,7 +179,8 @@ def test_readme_has_the_counts_of_the_built_backbone(method, monkeypatch):
     monkeypatch.setattr(torch, 'linspace',
                         functools.partial(torch.linspace, device='cpu'))
     rows = checker.readme_rows(ROOT / 'configs' / method)
-    assert sorted(rows) == sorted(PUBLISHED)
+    mine = [t for f, t in PAIRS if f == method and t in PUBLISHED]
+    assert sorted(rows) == sorted(mine)
     for task, row in rows.items():
         with torch.device('meta'):
             backbone = MODELS.build(load(method, task).model.backbone)
@@ -194,8 +191,7 @@ def test_readme_has_the_counts_of_the_built_backbone(method, monkeypatch):
         assert row['Of backbone'] == f'{percent:.2f}%', task
 
 
-@pytest.mark.parametrize('task', TASKS)
-@pytest.mark.parametrize('method', FOLDERS)
+@pytest.mark.parametrize('method, task', PAIRS)
 def test_backbone_forward(method, task):
     cfg = shrunken(load(method, task))
     outputs = cfg.model.backbone.out_indices

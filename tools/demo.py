@@ -28,23 +28,22 @@ from mmengine.config import Config  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import mmpeft  # noqa: E402
+from mmpeft import methods  # noqa: E402
 from mmpeft.cli import run  # noqa: E402
 from mmpeft.datasets import ensure_shapes  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
+from mmpeft.plan import MethodPlan  # noqa: E402
+from mmpeft.registry import METHODS  # noqa: E402
 
 DATA = 'data/shapes_v1'
 SOURCE = 'configs/_base_/mask-rcnn_swin-nano_shapes-source.py'
 TARGET = 'configs/{}/mask-rcnn_swin-nano_shapes.py'
-NAMES = dict(
-    full='Full',
-    frozen='Frozen',
-    partial='Partial',
-    bitfit='BitFit',
-    ln_tune='LNTune',
-    adapter='Adapter',
-    adaptformer='AdaptFormer',
-    lora='LoRA',
-    mona='Mona')
+# Folders of configs and what their methods are called, in the order in which
+# mmpeft lists them.
+NAMES = {
+    MethodPlan(dict(type=name)).name: name
+    for name in methods.__all__ if name in METHODS
+}
 # --fast: a smoke test of all steps, its numbers mean nothing.
 FAST = [f'train_cfg.{key}=1' for key in ('max_epochs', 'val_interval')] + [
     'default_hooks.checkpoint.interval=1', 'default_hooks.logger.interval=1',
@@ -60,10 +59,10 @@ def parse_args():
     parser.add_argument(
         '--methods',
         nargs='+',
-        choices=list(NAMES),
+        choices=['all', *NAMES],
         default=['full', 'frozen', 'mona', 'lora'],
         metavar='METHOD',
-        help=f'any of {", ".join(NAMES)}')
+        help=f'all, or any of {", ".join(NAMES)}')
     parser.add_argument('--seed', type=int, default=0, help='the first seed')
     parser.add_argument('--seeds', type=int, default=1, help='runs per method')
     parser.add_argument(
@@ -179,6 +178,8 @@ def merge(args, checkpoint, console) -> dict:
 
 def main():
     args = parse_args()
+    if 'all' in args.methods:
+        args.methods = list(NAMES)
     # Libraries warn of optional packages that nothing here needs.
     warnings.simplefilter('ignore')
     console = Console()

@@ -1,0 +1,3 @@
+_base_ = '../_base_/mask-rcnn_swin-nano_shapes.py'
+model = dict(
+    backbone=dict(method=dict(type='BAPAT', dim=32, adaptformer_dim=16)))

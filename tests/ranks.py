@@ -1,0 +1,68 @@
+"""Every method on two ranks against one process; a script for torchrun.
+
+Prints one line of JSON: by method, the largest difference of a weight after
+two steps, relative to the largest entry of its tensor.
+"""
+import json
+import os
+import os.path as osp
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
+
+from conftest import METHODS, build_pair, perturb  # noqa: E402
+
+
+def build(method):
+    """A backbone without drop-path and dropout, which ranks draw apart."""
+    _, peft = build_pair('mmdet', method)
+    for module in perturb(peft).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.
+        for rate in ('drop_prob', 'drop_path_rate'):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.)
+    return peft
+
+
+def train(model, batches):
+    """Two steps; the mean over a batch, so that ranks average to it."""
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(own, lr=.05)
+    for image in batches:
+        optimizer.zero_grad()
+        sum((o**2).mean() for o in model(image)).backward()
+        optimizer.step()
+
+
+def main():
+    dist.init_process_group('gloo')
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    batches = [torch.randn(2 * ranks, 3, 44, 36) for _ in range(2)]
+    gaps = {}
+    for name, method in METHODS.items():
+        if name == 'Frozen':
+            continue
+        single, double = build(method), build(method)
+        double.load_state_dict(single.state_dict())
+        train(single, batches)
+        wrapped = DistributedDataParallel(double, find_unused_parameters=False)
+        train(wrapped, [b[2 * rank:2 * rank + 2] for b in batches])
+        gaps[name] = max(
+            float((a - b).abs().max() / a.abs().max().clamp(min=1e-3))
+            for a, b in zip(single.parameters(), double.parameters()))
+    if rank == 0:
+        with open(sys.argv[1], 'w') as file:
+            json.dump(gaps, file)
+    dist.destroy_process_group()
+    os._exit(0)  # gloo threads of torch 2.1 may linger
+
+
+if __name__ == '__main__':
+    main()
