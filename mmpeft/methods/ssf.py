@@ -50,7 +50,8 @@ class SSF(PEFTModule):
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        return y * self.scale + self.shift
+        # In the precision of y: autocast would make every map float32 again.
+        return y * self.scale.to(y.dtype) + self.shift.to(y.dtype)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
