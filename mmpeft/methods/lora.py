@@ -1,25 +1,18 @@
-import math
 from typing import Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_positive, check_rate, check_width
+from .low_rank import LowRank
 
 __all__ = ['LoRA']
 
-# Parts of the fused projection, and layers that are a site of their own.
-QKV_PARTS = ('q', 'k', 'v')
-TARGETS = QKV_PARTS + ('proj', 'fc1', 'fc2')
-
 
 @METHODS.register_module()
-class LoRA(PEFTModule):
+class LoRA(LowRank):
     """Low-rank update of a frozen linear layer.
 
     `LoRA: Low-Rank Adaptation of Large Language Models
@@ -32,6 +25,27 @@ class LoRA(PEFTModule):
     ``alpha=1`` at rank 64, a scale of 1/64, which cripples it; here ``alpha``
     follows the rank.
 
+    ``init='pissa'`` is `PiSSA: Principal Singular Values and Singular Vectors
+    Adaptation <https://arxiv.org/abs/2404.02948>`_ (NeurIPS 2024): A and B
+    start as the leading singular triplets of the loaded rows,
+    ``scale * B A = U S V``. The paper moves them out of the frozen weight;
+    here that weight stays the checkpoint's and the forward subtracts them::
+
+        y <- y + scale * (B A x - B0 A0 x)
+
+    ``A0`` and ``B0`` are buffers, so that the update applies to the original
+    weight. While ``A = A0`` and ``B = B0`` both terms are computed alike, and
+    the start is the frozen model bit for bit (with ``drop_rate=0``: only
+    ``B A x`` sees the dropout, as in the paper).
+
+    `LoRA+ <https://arxiv.org/abs/2402.12354>`_ (ICML 2024), a higher rate for
+    B than for A, is a setting of mmengine's optimizer constructor. It takes
+    the longest key that is part of a name, so a longer one such as
+    ``'backbone'`` must not be set beside it::
+
+        optim_wrapper = dict(paramwise_cfg=dict(
+            custom_keys={'.lora_B': dict(lr_mult=16)}))
+
     Args:
         site (Site): Where it is attached; gives the widths.
         rank (int): Rank of the update. Defaults to 64.
@@ -43,14 +57,15 @@ class LoRA(PEFTModule):
             <https://arxiv.org/abs/2312.03732>`_). Defaults to False.
         drop_rate (float): Dropout probability on the input of A, in [0, 1).
             Defaults to 0.
+        init (str): ``'lora'``, or ``'pissa'`` as above. Defaults to
+            ``'lora'``.
 
     Raises:
-        PEFTError: For an unknown target, a rank outside [1, width] or an
-            ``alpha`` that is not above 0.
+        PEFTError: For an unknown target, a rank outside [1, width], an
+            ``alpha`` that is not above 0 or an unknown ``init``.
     """
 
     key = 'lora'
-    no_merge = None
 
     def __init__(self,
                  site: Site,
@@ -58,64 +73,57 @@ class LoRA(PEFTModule):
                  alpha: Optional[float] = None,
                  targets: Sequence[str] = ('q', 'v'),
                  rslora: bool = False,
-                 drop_rate: float = 0.) -> None:
-        super().__init__(site)
-        self.rows = [(0, site.out_dims)]
-        if site.name == 'qkv':
-            self.rows = [site.rows[t] for t in QKV_PARTS if t in targets]
-        width = min(site.in_dims, self.rows[0][1] - self.rows[0][0])
-        self.rank = check_width('LoRA', 'rank', rank, width)
-        alpha = rank if alpha is None else check_positive(
-            'LoRA', 'alpha', alpha)
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        # Bare parameters: initialisation by layer type never meets them.
-        self.lora_A = nn.Parameter(
-            torch.empty(len(self.rows) * rank, site.in_dims))
-        self.lora_B = nn.Parameter(
-            torch.empty(sum(b - a for a, b in self.rows), rank))
-        self.dropout = nn.Dropout(check_rate('LoRA', 'drop_rate', drop_rate))
+                 drop_rate: float = 0.,
+                 init: str = 'lora') -> None:
+        super().__init__(site, rank, alpha, targets, rslora, drop_rate)
+        if init not in ('lora', 'pissa'):
+            raise PEFTError(f"LoRA: unknown init {init!r}; use 'lora' or "
+                            "'pissa'.")
+        self.needs_layer = init == 'pissa'
+        if self.needs_layer:
+            for name in ('lora_A', 'lora_B'):
+                factor = getattr(self, name).detach()
+                self.register_buffer(f'{name}0', torch.zeros_like(factor))
         self.reset_parameters()
 
-    @classmethod
-    def sites_for(cls, targets: Sequence[str] = ('q', 'v'), **kwargs):
-        if not (isinstance(targets, (list, tuple)) and targets
-                and all(t in TARGETS for t in targets)):
-            raise PEFTError(f'LoRA: targets={targets!r} must be a list of at '
-                            f'least one of {", ".join(TARGETS)}.')
-        sites = ['qkv' if t in QKV_PARTS else t for t in targets]
-        return tuple(dict.fromkeys(sites))
-
     def reset_parameters(self) -> None:
-        for factor in self.lora_A.data.split(self.rank):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        super().reset_parameters()
+        if self.needs_layer:
+            self.lora_A0.copy_(self.lora_A.detach())
+            self.lora_B0.copy_(self.lora_B.detach())
 
-    def _factors(self) -> Sequence[Tuple[Tensor, Tensor, Tuple[int, int]]]:
-        sizes = [stop - start for start, stop in self.rows]
-        return list(
-            zip(
-                self.lora_A.split(self.rank), self.lora_B.split(sizes),
-                self.rows))
+    def start_from_layer(self) -> None:
+        """PiSSA: take the leading singular triplets of the rows."""
+        downs, ups = [], []
+        for start, stop in self.rows:
+            # Half precision has no decomposition.
+            rows = self.layer.weight.detach()[start:stop].float()
+            u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+            # A pair of singular vectors is known up to a common sign.
+            largest = u.abs().argmax(0, keepdim=True)
+            sign = torch.where(u.gather(0, largest) < 0, -1., 1.).to(u)
+            root = (s[:self.rank] / self.scale).sqrt()
+            ups.append((u * sign)[:, :self.rank] * root)
+            downs.append((vh * sign.t())[:self.rank] * root[:, None])
+        for name, parts in (('lora_A', downs), ('lora_B', ups)):
+            getattr(self, name).data.copy_(torch.cat(parts))
+            getattr(self, f'{name}0').copy_(getattr(self, name).detach())
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        hidden = F.linear(self.dropout(x), self.lora_A)
-        parts, done = [], 0
-        for low, (_, up, (start, stop)) in zip(
-                hidden.split(self.rank, dim=-1), self._factors()):
-            if start > done:
-                parts.append(y[..., done:start])
-            update = F.linear(low, up)
-            parts.append(y[..., start:stop] + self.scale * update)
-            done = stop
-        if done < y.shape[-1]:
-            parts.append(y[..., done:])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        updates = self.project(self.dropout(x), self.lora_A, self.lora_B)
+        if self.needs_layer:
+            # Not one product of rank 2r: only like ones cancel exactly.
+            initial = self.project(x, self.lora_A0, self.lora_B0)
+            updates = [now - then for now, then in zip(updates, initial)]
+        return self.put(y, [
+            part + self.scale * update
+            for part, update in zip(self.take(y), updates)
+        ])
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
-        weight = weight.clone()
-        for down, up, (start, stop) in self._factors():
-            weight[start:stop] += self.scale * (
-                up.to(weight) @ down.to(weight))
+        weight = self.fold(weight, self.lora_A, self.lora_B, self.scale)
+        if self.needs_layer:
+            weight = self.fold(weight, self.lora_A0, self.lora_B0, -self.scale)
         return weight, bias
