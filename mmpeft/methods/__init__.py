@@ -1,4 +1,5 @@
 """What is attached: one file per method."""
+from .ada_lora import AdaLoRA
 from .adapter import Adapter
 from .adapter_plus import AdapterPlus
 from .adaptformer import AdaptFormer
@@ -6,9 +7,11 @@ from .bapat import BAPAT
 from .base import PEFTModule, Selector
 from .bitfit import BitFit
 from .convpass import Convpass
+from .dora import DoRA
 from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
 from .hydra import Hydra
+from .ia3 import IA3
 from .ln_tune import LNTune
 from .lora import LoRA
 from .lorand import LoRand
@@ -19,11 +22,13 @@ from .rep_adapter import RepAdapter
 from .side import SideNetwork
 from .snf import SNF
 from .ssf import SSF
+from .vera import VeRA
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
     'PEFTModule', 'Selector', 'SideNetwork', 'Full', 'Frozen', 'Partial',
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
-    'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass'
+    'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
+    'IA3', 'AdaLoRA'
 ]
