@@ -162,11 +162,10 @@ def _log_rates(cfg: Config) -> None:
     scope = cfg.get('default_scope')
     for node in find_peft_backbones(cfg).values():
         for plan in parse_methods(node['method']):
-            recipe = plan.cls.recipe_lr.get(scope)
-            known = f'{recipe:g} ({plan.cls.recipe_source})' \
-                if recipe else 'not published for this library'
-            print_log(
-                f'Learning rate: {lr:g} in this config; the recipe of '
-                f'{plan.cls.__name__} uses {known}.'
-                if lr else f'Learning rate of {plan.cls.__name__}: {known}.',
-                logger='current')
+            name, recipe = plan.cls.__name__, plan.cls.recipe_lr.get(scope)
+            known = f'{name} has no published recipe for {scope}'
+            if recipe:
+                known = (f'the recipe of {name} uses {recipe:g} '
+                         f'({plan.cls.recipe_source})')
+            here = f'{lr:g} in this config; ' if lr else ''
+            print_log(f'Learning rate: {here}{known}.', logger='current')

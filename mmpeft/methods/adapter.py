@@ -7,7 +7,8 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_positive, check_rate, check_width
+from .base import (MONA_RECIPE, PEFTModule, check_positive, check_rate,
+                   check_width)
 
 __all__ = ['Adapter']
 
@@ -44,6 +45,7 @@ class Adapter(PEFTModule):
             an ``init_std`` that is not above 0.
     """
 
+    recipe_lr = MONA_RECIPE
     sites = PLACEMENTS['houlsby']
 
     def __init__(self,

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule, check_positive, check_rate, check_width
+from .base import (MONA_RECIPE, PEFTModule, check_positive, check_rate,
+                   check_width)
 
 __all__ = ['AdaptFormer']
 
@@ -47,6 +48,7 @@ class AdaptFormer(PEFTModule):
             ``scale`` or ``init_std`` that is not above 0.
     """
 
+    recipe_lr = MONA_RECIPE
     key = 'adaptformer'
     # Not 'ffn_branch': that one lies inside drop-path.
     sites = ('ffn_residual', )

@@ -11,8 +11,11 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..sites import Site, TokenLayout
 
+#: Of all methods but one in the dense comparison released with Mona.
+MONA_RECIPE = dict(mmdet=1e-4, mmseg=6e-5)
+
 __all__ = [
-    'Method', 'PEFTModule', 'Selector', 'check_positive', 'check_rate',
+    'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector', 'check_positive', 'check_rate',
     'check_width'
 ]
 
@@ -23,8 +26,9 @@ class Method:
     #: Default name in parameter keys; None means the snake-case type.
     key: Optional[str] = None
     #: Learning rate of the method's published dense recipe, by the
-    #: ``default_scope`` of the config; logged beside the config's own.
-    recipe_lr: Dict[str, float] = dict(mmdet=1e-4, mmseg=6e-5)
+    #: ``default_scope`` of the config; logged beside the config's own. Empty
+    #: where none is known.
+    recipe_lr: Dict[str, float] = {}
     #: Where these rates are from.
     recipe_source: str = 'released configs of Mona, AdamW'
     #: Hooks that training with it needs; ``--method`` adds them.

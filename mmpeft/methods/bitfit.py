@@ -1,7 +1,7 @@
 import torch.nn as nn
 
 from ..registry import METHODS
-from .base import Selector
+from .base import MONA_RECIPE, Selector
 
 __all__ = ['BitFit']
 
@@ -21,6 +21,8 @@ class BitFit(Selector):
         rel_pos_tables (bool): Whether ``relative_position_bias_table`` counts
             as a bias. Defaults to True.
     """
+
+    recipe_lr = MONA_RECIPE
 
     def __init__(self, rel_pos_tables: bool = True) -> None:
         self.rel_pos_tables = rel_pos_tables

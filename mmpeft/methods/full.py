@@ -2,7 +2,7 @@
 import torch.nn as nn
 
 from ..registry import METHODS
-from .base import Selector
+from .base import MONA_RECIPE, Selector
 
 __all__ = ['Full', 'Frozen']
 
@@ -16,6 +16,8 @@ class Full(Selector):
     recipe freezes ``patch_embed`` that way.
     """
 
+    recipe_lr = MONA_RECIPE
+
     def selects(self, module: nn.Module, leaf: str) -> bool:
         return True
 
@@ -27,6 +29,8 @@ class Frozen(Selector):
     Drop-path stays active in training, as in the released dense recipes;
     ``PEFTBackbone(eval_frozen=True)`` turns it off.
     """
+
+    recipe_lr = MONA_RECIPE
 
     def selects(self, module: nn.Module, leaf: str) -> bool:
         return False

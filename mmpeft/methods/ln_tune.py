@@ -1,7 +1,7 @@
 import torch.nn as nn
 
 from ..registry import METHODS
-from .base import Selector
+from .base import MONA_RECIPE, Selector
 
 __all__ = ['LNTune']
 
@@ -14,6 +14,8 @@ class LNTune(Selector):
     <https://arxiv.org/abs/2304.01917>`_ (2023). Chosen by the type of the
     module, not by the substring ``norm``.
     """
+
+    recipe_lr = MONA_RECIPE
 
     def selects(self, module: nn.Module, leaf: str) -> bool:
         return isinstance(module, nn.LayerNorm)

@@ -4,7 +4,7 @@ import torch.nn as nn
 
 from ..errors import PEFTError
 from ..registry import METHODS
-from .base import Selector
+from .base import MONA_RECIPE, Selector
 
 __all__ = ['Partial']
 
@@ -31,6 +31,8 @@ class Partial(Selector):
     Raises:
         PEFTError: If the backbone has fewer blocks or stages.
     """
+
+    recipe_lr = MONA_RECIPE
 
     def __init__(self,
                  num_blocks: int = 1,
