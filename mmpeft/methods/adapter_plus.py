@@ -74,4 +74,5 @@ class AdapterPlus(PEFTModule):
             keep = 1 - self.drop_path_rate
             kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)
             branch = branch * kept / keep
-        return y + self.scale * branch
+        # In the precision of y: autocast would make the stream float32.
+        return y + self.scale.to(branch.dtype) * branch

@@ -99,6 +99,13 @@ def test_starts_near_the_identity():
     torch.testing.assert_close(module(x, x, NO_LAYOUT), x, rtol=0, atol=5e-3)
 
 
+def test_keeps_the_precision_of_the_stream_under_autocast():
+    module = AdapterPlus(site('ffn_residual', 8), dim=4)
+    x = tensor('x', 2, 5, 8, dtype=torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert module(x, x, NO_LAYOUT).dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize('dim', [1, 8])
 def test_count(dim):
     backbone = swin('mmdet', dict(type='AdapterPlus', dim=dim))
