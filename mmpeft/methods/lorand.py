@@ -29,10 +29,11 @@ class LoRand(PEFTModule):
     (rank x d). ``y`` is a branch as it is added, drop-path applied. The
     matrices are never built: with few branches, their thin factors cost less.
 
-    In the paper the kernels K belong to both matrices, which its counts
-    confirm. The code its authors released later (STAR, CoLin) is
-    ``num_branches=4, share_kernel=False``. No identity at the start, there
-    and here: all factors are Kaiming-uniform.
+    In the paper the kernels K belong to both matrices. The code its authors
+    released later (STAR, CoLin) is ``num_branches=4, share_kernel=False``. No
+    identity at the start, there and here: all factors are Kaiming-uniform.
+    The printed count fits in Swin-B (1.20 M), but not in Swin-L, where 1.31 M
+    is printed and the same arguments give 1.79 M.
 
     Args:
         site (Site): Where it is attached; gives the width ``d``.

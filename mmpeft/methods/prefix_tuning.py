@@ -39,9 +39,8 @@ class PrefixTuning(PEFTModule):
         reparam (bool): Whether a network makes the prefix. Defaults to False.
         dim (int): Hidden channels of that network. Defaults to 512.
         init_std (float): Standard deviation of the normal that the prefix,
-            or ``E``, starts from, above 0. Implementations for language
-            models take 1, larger than the keys of a frozen Swin. Defaults to
-            0.02.
+            or ``E``, starts from, above 0. The libraries peft and adapters
+            take 1. Defaults to 0.02.
 
     Raises:
         PEFTError: If ``num_tokens`` or ``dim`` is not a whole number above

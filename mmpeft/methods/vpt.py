@@ -62,10 +62,10 @@ class VPTDeep(PEFTModule):
     so here they give keys and values and are not even asked: the same output
     for less. No identity at the start.
 
-    The paper searches ``p`` per task, from 1 to 200, and its code starts from
-    5; 50 is about the mean, which the published counts are computed with. The
-    dense Swin code released with CoLin is ``num_tokens=49, norm=False``. Not
-    here: the released option that projects prompts of another width.
+    The paper searches ``p`` for each task and its code has 5; 50 is ours, for
+    dense tasks, where the Swin code released with CoLin has ``num_tokens=49,
+    norm=False``. Not here: the released option that projects prompts of
+    another width.
 
     Args:
         site (Site): Where it is attached; gives the width ``d``.
@@ -124,8 +124,8 @@ class VPTShallow(PEFTModule):
 
     Args:
         site (Site): Where it is attached.
-        num_tokens (int): Prompts ``p``. Defaults to 100; the code of the
-            paper starts its search from 5.
+        num_tokens (int): Prompts ``p``. Defaults to 100, as in V-PETL Bench;
+            the paper searches it for each task.
         drop_rate (float): Dropout probability of prompt entries, in [0, 1).
             Defaults to 0.
 
