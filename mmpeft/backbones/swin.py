@@ -103,8 +103,9 @@ class JoinedWindowMSA:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
 
         def spread(t: Tensor) -> Tensor:
-            # (B or 1, p, C) -> (B * windows, p, C)
-            return t.repeat_interleave(windows // t.shape[0], dim=0)
+            # (B or 1, p, C) -> (B * windows, p, C), in autocast's precision
+            return t.to(q.dtype).repeat_interleave(
+                windows // t.shape[0], dim=0)
 
         def heads(t: Tensor) -> Tensor:
             # (B * windows, N, C) -> (B * windows, heads, N, C / heads)
