@@ -87,7 +87,7 @@ def guard(backbone: nn.Module) -> None:
     if hasattr(type(backbone), 'init_weights'):
         backbone.init_weights = types.MethodType(init_weights, backbone)
     backbone.train = types.MethodType(train, backbone)
-    state._handles = [
+    state._handles += [
         backbone._register_load_state_dict_pre_hook(
             note_loaded, with_module=True),
         backbone.register_forward_pre_hook(refuse_random_base),

@@ -22,7 +22,7 @@ from mmpeft.state import attached_modules
 # rounding only, or near; the others start somewhere else.
 EXACT = ('Full', 'Frozen', 'Partial', 'BitFit', 'LNTune', 'AdaptFormer',
          'LoRA', 'VeRA', 'IA3', 'AdaLoRA', 'FacTTT', 'FacTTK', 'Hydra',
-         'RepAdapter', 'Convpass')
+         'RepAdapter', 'Convpass', 'LST')
 ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
 ATTACHED = [
