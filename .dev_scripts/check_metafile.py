@@ -79,11 +79,9 @@ def check_configs(folder: Path, where: str) -> Iterator[str]:
         text = path.read_text()
         # A setting of a task, <task>_<setting>, inherits the task's file.
         task = name.rpartition('_')[0]
-        if task in configs:
-            base = f'./{task}.py'
-            name = task
-        else:
-            base = f'../_base_/{name}.py'
+        base = f'./{task}.py'
+        if task not in configs:
+            task, base = name, f'../_base_/{name}.py'
         if f"_base_ = '{base}'" not in text:
             yield f'{where}/{path.name}: does not inherit {base}'
             continue
@@ -96,7 +94,7 @@ def check_configs(folder: Path, where: str) -> Iterator[str]:
         if row['link'] != f'{name}.py':
             yield f'{where}/README.md: {name} links to {row["link"]}'
         stock = row['Inherits'].strip('`')
-        base = (folder.parent / '_base_' / f'{name}.py').read_text()
+        base = (folder.parent / '_base_' / f'{task}.py').read_text()
         # A long name is split over two strings there.
         if stock not in re.sub(r"'\s*'", '', base):
             yield f'{where}/README.md: {name} does not inherit {stock}'

@@ -62,7 +62,31 @@ BLOCK = dict(
     # Two projections, norm, two gains; 3x3, 5x5, 7x7, three biases, 1x1.
     mona=lambda d, h: 2 * (2 * d * 64 + 64 + 5 * d +
                            (9 + 25 + 49 + 3) * 64 + 64**2 + 64),
+    vpt_shallow=lambda d, h: 0,
+    vpt_deep=lambda d, h: 50 * d,
+    prefix=lambda d, h: 2 * 20 * d,
+    dora=lambda d, h: 2 * 2 * 64 * d + 2 * d,
+    vera=lambda d, h: 2 * (256 + d),
+    ia3=lambda d, h: 2 * d + 4 * d,
+    ada_lora=lambda d, h: 2 * (2 * 8 * d + 8),
+    fact_tt=lambda d, h: 12 * 16**2,
+    fact_tk=lambda d, h: 12 * 32,
+    # At proj d -> d, at fc2 4d -> d; parallel and sequential, with biases.
+    hydra=lambda d, h: 2 * (4 * d + 7 * d) + 4 * 2 + 4 * d,
+    rep_adapter=lambda d, h: 2 * (8 * d + 8 + 8 * d // 2 + d),
+    # norm, qkv, proj, norm, fc1, fc2: d, 3d, d, d, 4d, d.
+    ssf=lambda d, h: 2 * 11 * d,
+    snf=lambda d, h: 2 * (2 * d + 5 * (2 * d + 1)),
+    bapat=lambda d, h: 3 * 128 * d + 128 + 2 * d + 2 * d * 64 + 64 + d,
+    # Two branches of rank 8, a bottleneck of half the width, shared kernels.
+    lorand=lambda d, h: 2 * (2 * 2 * 8 * (d + d // 2) + 2 * 8**2 + d + d // 2),
+    convpass=lambda d, h: 2 * (2 * 8 * d + 8 + d + 9 * 8**2 + 8),
+    adapter_plus=lambda d, h: 2 * 8 * d + 8 + 2 * d,
+    # A transformer block of width d / 8, what brings its input there, a gate.
+    lst=lambda d, h: 12 * (d // 8)**2 + 13 * d // 8 + (d + 1) * d // 8 + 1,
+    last=lambda d, h: 4 * 16 * d,
 )
+BLOCK['e3va'] = BLOCK['lorand']
 
 
 def closed_form(size, name, outs=(0, 1, 2, 3)):
@@ -79,6 +103,21 @@ def closed_form(size, name, outs=(0, 1, 2, 3)):
         count += width + norms
     elif name == 'ln_tune':
         count += 2 * norms
+    elif name == 'vpt_shallow':
+        count += 100 * width
+    elif name == 'fact_tt':  # two factors for each stage
+        count += sum(2 * 16 * d for d in WIDTHS[size])
+    elif name == 'fact_tk':
+        count += sum(2 * 32 * d + 32**3 for d in WIDTHS[size])
+    elif name == 'ssf':  # norms, and the projection of the stem
+        count += 2 * (width + norms)
+    elif name == 'e3va':  # its output norms
+        count += 2 * sum(WIDTHS[size][i] for i in outs)
+    elif name == 'lst':
+        sides = [d // 8 for d in WIDTHS[size]]
+        count += (width + 1) * sides[0]  # the stem's
+        count += sum(8 * w**2 + 8 * w for w in sides[:3])  # mergings
+        count += sum((sides[i] + 1) * WIDTHS[size][i] for i in outs)
     return count
 
 
@@ -95,8 +134,49 @@ ROWS = [
     ('AdaptFormer', 'adaptformer', 1_553_664, 2_329_728),
     ('LoRA', 'lora', 3_080_192, 4_620_288),
     ('Mona', 'mona', 3_667_456, 5_267_712),
+    ('VPTShallow:num_tokens=100', 'vpt_shallow', 12_800, 19_200),
+    ('VPTDeep:num_tokens=50', 'vpt_deep', 601_600, 902_400),
+    ('PrefixTuning:num_tokens=20', 'prefix', 481_280, 721_920),
+    ('DoRA:rank=64', 'dora', 3_104_256, 4_656_384),
+    ('VeRA:rank=256', 'vera', 36_352, 48_384),
+    ('IA3', 'ia3', 72_192, 108_288),
+    ('AdaLoRA:rank=8', 'ada_lora', 385_408, 577_920),
+    ('FacTTT:rank=16', 'fact_tt', 135_168, 165_888),
+    ('FacTTK:rank=32', 'fact_tk', 263_168, 324_608),
+    ('Hydra:rank=2', 'hydra', 313_024, 469_440),
+    ('RepAdapter:dim=8', 'rep_adapter', 313_216, 469_632),
+    ('SSF', 'ssf', 276_224, 414_336),
+    ('SNF:num_flows=5', 'snf', 289_008, 433_392),
+    ('BAPAT', 'bapat', 6_201_088, 9_299_328),
+    ('LoRand', 'lorand', 1_197_312, 1_792_896),
+    ('Convpass:dim=8', 'convpass', 437_504, 642_048),
+    ('AdapterPlus:dim=8', 'adapter_plus', 216_768, 325_056),
+    ('E3VA', 'e3va', 1_201_152, 1_798_656),
+    ('LST', 'lst', 2_424_168, 5_436_432),
+    ('LAST:rank=16', 'last', 770_048, 1_155_072),
 ]
-ATTACHED = ('adapter', 'pfeiffer', 'adaptformer', 'lora', 'mona')
+# In millions, as in the table of facts that these methods are built from.
+MILLIONS = dict(
+    vpt_shallow=('0.013', '0.019'),
+    vpt_deep=('0.602', '0.902'),
+    prefix=('0.481', '0.722'),
+    dora=('3.104', '4.656'),
+    vera=('0.036', '0.048'),
+    ia3=('0.072', '0.108'),
+    ada_lora=('0.385', '0.578'),
+    fact_tt=('0.135', '0.166'),
+    fact_tk=('0.263', '0.325'),
+    hydra=('0.313', '0.469'),
+    rep_adapter=('0.313', '0.470'),
+    ssf=('0.276', '0.414'),
+    snf=('0.289', '0.433'),
+    bapat=('6.201', '9.299'),
+    lorand=('1.197', '1.793'),
+    convpass=('0.438', '0.642'),
+    e3va=('1.201', '1.799'),
+    lst=('2.424', '5.436'),
+    last=('0.770', '1.155'),
+)
 
 
 @pytest.mark.parametrize('method,name,base,large', ROWS)
@@ -106,7 +186,14 @@ def test_every_method(method, name, base, large, size):
     trainable = dict(b=base, l=large)[size]
     assert counts['backbone_trainable'] == trainable == closed_form(size, name)
     assert counts['backbone_total'] == closed_form(size, 'full')
-    assert counts['backbone_added'] == trainable * (name in ATTACHED)
+    norms = counts['backbone_trainable'] - counts['backbone_added']
+    attached = name not in ('full', 'frozen', 'partial', 'bitfit', 'ln_tune')
+    if name == 'e3va':
+        assert norms == 2 * sum(WIDTHS[size])
+    else:
+        assert norms == (0 if attached else trainable)
+    if name in MILLIONS:
+        assert f'{trainable / 1e6:.3f}' == MILLIONS[name]['bl'.index(size)]
     assert sum(counts['by_stage'].values()) == trainable
 
 

@@ -1,2 +1,2 @@
 _base_ = '../_base_/mask-rcnn_swin-nano_shapes.py'
-model = dict(backbone=dict(method=dict(type='RepAdapter', dim=4)))
+model = dict(backbone=dict(method=dict(type='RepAdapter', dim=8)))

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
+from .base import MONA_RECIPE
 from .low_rank import LowRank
 
 __all__ = ['LoRA']
@@ -66,6 +67,7 @@ class LoRA(LowRank):
     """
 
     key = 'lora'
+    recipe_lr = MONA_RECIPE
 
     def __init__(self,
                  site: Site,
