@@ -8,13 +8,16 @@ from .base import PEFTModule, Selector
 from .bitfit import BitFit
 from .convpass import Convpass
 from .dora import DoRA
+from .e3va import E3VA
 from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
 from .hydra import Hydra
 from .ia3 import IA3
+from .last import LAST
 from .ln_tune import LNTune
 from .lora import LoRA
 from .lorand import LoRand
+from .lst import LST
 from .mona import Mona
 from .partial import Partial
 from .prefix_tuning import PrefixTuning
@@ -30,5 +33,5 @@ __all__ = [
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
-    'IA3', 'AdaLoRA'
+    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST'
 ]
