@@ -293,3 +293,23 @@ def test_every_site_is_in_the_table():
     root = osp.dirname(osp.dirname(osp.abspath(__file__)))
     text = open(osp.join(root, 'docs', 'en', 'sites.md')).read()
     assert all(f'`{site}`' in text for site in (*SITES, 'stage_out'))
+
+
+def test_methods_and_families_do_not_know_each_other():
+    import re
+    from pathlib import Path
+
+    import mmpeft
+    from mmpeft.registry import METHODS
+    package = Path(mmpeft.__file__).parent
+    METHODS.import_from_location()
+    # Three of the names are words as well.
+    names = '|'.join({*METHODS.module_dict} - {'Full', 'Frozen', 'Partial'})
+    for file in (package / 'methods').glob('*.py'):
+        imports = re.findall(r'^\s*(?:from|import) (\S+)', file.read_text(),
+                             re.M)
+        assert not any(
+            re.search(r'backbones|mmdet|mmseg|mmpretrain|mmcv|timm', name)
+            for name in imports), file
+    for file in (package / 'backbones').glob('*.py'):
+        assert not re.search(rf'\b({names})\b', file.read_text()), file
