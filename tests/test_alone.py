@@ -15,7 +15,7 @@ NAMES = [
     if n == 'BitFit' or not issubclass(method_of(n), Selector)
 ]
 STEPS = 50
-FEW = 3
+FEW = 4
 
 
 def detector(method):
@@ -42,14 +42,15 @@ def batch_of(model):
 
 
 def train(model, steps):
-    """Losses of steps on one batch, drawn alike in every step."""
+    """Losses of steps on one batch."""
     batch = batch_of(model)
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in own.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=1e-3, weight_decay=0)
     losses = []
-    for _ in range(steps):
-        torch.manual_seed(1)
+    for step in range(steps):
+        # Another draw each time: drop-path leaves modules out of a step.
+        torch.manual_seed(step)
         loss, _ = model.parse_losses(model(**batch, mode='loss'))
         optimizer.zero_grad()
         loss.backward()
@@ -70,6 +71,6 @@ def test_a_few_steps_move_every_tensor(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_fifty_steps_lower_the_loss(name):
     losses, still = train(detector(METHODS[name]), STEPS)
-    first, last = losses[0], sum(losses[-5:]) / 5
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
     print(f'{name}: {first:.3f} -> {last:.3f}')
     assert last < first and still == []

@@ -72,7 +72,8 @@ def test_full_is_the_stock_run(base, tmp_path):
     assert all(torch.equal(full[0][k], v) for k, v in stock[0].items())
 
 
-@pytest.mark.parametrize('method', ['LoRA:rank=4', 'AdaptFormer:dim=4'])
+@pytest.mark.parametrize(
+    'method', ['LoRA:rank=4', 'AdaptFormer:dim=4', 'DoRA:rank=4', 'FacTTT:rank=4'])
 def test_identity_after_every_init(base, method):
     """What the Runner hands to the first iteration equals the frozen model
     with the loaded weights."""
@@ -169,18 +170,21 @@ def test_only_the_declared_parameters_move(base, method):
                                                and 'norm' in name))
 
 
-def test_resume_equals_one_run(base, tmp_path):
+@pytest.mark.parametrize('method', [
+    'Mona:dim=4,drop_rate=0', 'LST:reduction=4', 'VPTShallow:num_tokens=3',
+    'LoRA:rank=4,init=pissa'
+])
+def test_resume_equals_one_run(base, tmp_path, method):
     whole, losses = segmentor.train(
-        segmentor.config(
-            'Mona:dim=4,drop_rate=0', iters=4, **pretrained(base)))
+        segmentor.config(method, iters=4, **pretrained(base)))
     first = segmentor.config(
-        'Mona:dim=4,drop_rate=0',
+        method,
         work_dir=str(tmp_path),
         iters=2,
         **pretrained(base))
     segmentor.train(first)
     second = segmentor.config(
-        'Mona:dim=4,drop_rate=0',
+        method,
         work_dir=str(tmp_path),
         iters=4,
         **pretrained(base))
@@ -192,8 +196,10 @@ def test_resume_equals_one_run(base, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_ema_averages_adapters_and_base(base):
-    cfg = segmentor.config('Mona:dim=4', **pretrained(base))
+@pytest.mark.parametrize(
+    'method', ['Mona:dim=4', 'LST:reduction=4', 'VPTShallow:num_tokens=3'])
+def test_ema_averages_adapters_and_base(base, method):
+    cfg = segmentor.config(method, **pretrained(base))
     cfg.custom_hooks = [
         dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=.5)
     ]
