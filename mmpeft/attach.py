@@ -11,7 +11,7 @@ from .methods.side import SideNetwork, Trunk
 from .plan import MethodPlan
 from .sites import INPUT_SITES, MODULE_SITES, TOKEN_SITES
 from .state import PEFTState
-from .stream import Stream, join_output
+from .stream import Stream
 
 __all__ = ['Build', 'attach']
 
@@ -34,6 +34,9 @@ class Build:
         self.modules: List[Tuple] = []
         self.shared: Dict[str, nn.Module] = {}
         self.networks: Dict[str, SideNetwork] = {}
+        #: By method, the blocks it left out as no output depends on their
+        #: grid.
+        self.gridless: Dict[str, List[str]] = {}
         #: Blocks that a side network runs beside, and what it reads there.
         self.taps: Dict[str, Tuple[str, ...]] = {}
         #: Names of the stock parameters that side networks train.
@@ -61,12 +64,22 @@ class Build:
                 raise SiteError(
                     f'{cls.__name__} needs a grid of tokens; the tokens of '
                     f'{type(block.module).__name__} form none.')
+            if cls.needs_grid and not cls.moves_extra and \
+                    self.family.grid_ends(block):
+                self.gridless.setdefault(plan.name, []).append(block.path)
+                continue
             kwargs = plan.kwargs_for(block, blocks)
             sites = [
                 self.family.site(block, name)
                 for name in cls.sites_for(**kwargs)
             ]
             places.append((block, sites, kwargs))
+        if not places:
+            raise SiteError(
+                f'{cls.__name__} changes the grid of tokens, but in '
+                f'{", ".join(self.gridless[plan.name])} no output depends on '
+                'it: the head reads the class token alone. Choose other '
+                "blocks with `layers`, or another `out_type` of the backbone.")
         if not plan.restricted:
             places += [(part, [part.site], plan.kwargs)
                        for part in self.family.parts(backbone)
@@ -111,7 +124,10 @@ class Build:
         for block in chosen:
             self.taps[block.path] = self.taps.get(block.path, ()) + cls.taps
         if cls.trains_out_norms:
-            roots = tuple(f'{outputs[s]}.' for s in trunk.outputs)
+            roots = tuple(f'{part.path}.'
+                          for part in self.family.parts(backbone)
+                          if part.name == 'out_norm'
+                          and part.stage in trunk.outputs)
             self.trained |= {
                 n
                 for n, _ in backbone.named_parameters() if n.startswith(roots)
@@ -146,19 +162,19 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
         else:
             _attach_block(place, name, at)
         place.module.peft[name].to(reference)
-    if stream is None:
-        return
-    for block in _blocks(build, backbone):
-        module = block.module
-        family.swap(module)
-        module.peft.stream = stream
-        module.peft.place = family.trunk_block(block)
-        module.peft.taps = build.taps.get(block.path, ())
-    for stage, path in family.outputs(backbone).items():
-        if any(stage in n.trunk.outputs for n in build.networks.values()):
-            norm = backbone.get_submodule(path)
-            norm._peft_output = (stream, stage)
-            state._handles.append(norm.register_forward_pre_hook(join_output))
+    if stream is not None:
+        for block in _blocks(build, backbone):
+            module = block.module
+            family.swap(module)
+            module.peft.stream = stream
+            module.peft.place = family.trunk_block(block)
+            module.peft.taps = build.taps.get(block.path, ())
+    stages = {s for n in build.networks.values() for s in n.trunk.outputs}
+    if stages:
+        state._handles += family.join_outputs(backbone, stream, stages)
+    state._handles += family.watch(backbone, [
+        b for _, b in family.blocks(backbone) if hasattr(b.module, 'peft')
+    ])
 
 
 def _blocks(build: Build, backbone: nn.Module) -> List[Block]:

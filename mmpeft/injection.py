@@ -105,6 +105,7 @@ def inject(backbone: nn.Module,
         skipped=[b.path for b in blocks if b not in reached],
         allow_random_base=allow_random_base,
         eval_frozen=eval_frozen,
+        gridless=build.gridless,
         stream=build.stream)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = name in trained and name not in frozen
@@ -127,6 +128,7 @@ def eject(backbone: nn.Module) -> nn.Module:
         part.module._modules.pop('peft', None)
         part.module.__dict__.pop('_peft_output', None)
     if isinstance(getattr(backbone, 'peft', None), PEFTState):
+        blocks[0].family.release(backbone)
         backbone.peft.release(backbone)
         del backbone.peft
     return backbone

@@ -1,6 +1,6 @@
 """What a backbone with methods attached remembers, and what guards it."""
 import types
-from typing import Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,8 @@ class PEFTState(nn.Module):
         skipped (list[str]): Blocks left out because no output reaches them.
         allow_random_base (bool): Do not ask whether weights were loaded.
         eval_frozen (bool): Keep frozen stock modules in evaluation mode.
+        gridless (dict[str, list[str]]): By the name of a method that needs
+            the grid, blocks left out because no output depends on theirs.
         stream (Stream, optional): What travels beside the tokens.
     """
 
@@ -32,10 +34,12 @@ class PEFTState(nn.Module):
                  skipped: Sequence[str] = (),
                  allow_random_base: bool = False,
                  eval_frozen: bool = False,
+                 gridless: Optional[Dict[str, List[str]]] = None,
                  stream: Optional[Stream] = None) -> None:
         super().__init__()
         self.plans = list(plans)
         self.skipped = list(skipped)
+        self.gridless = dict(gridless or {})
         self.eval_frozen = eval_frozen
         self.base_checked = allow_random_base
         self.stream = stream

@@ -38,6 +38,8 @@ class Stream:
         self.states: Dict[str, Any] = {}
         self.stage: Optional[int] = None
         self.layout: Optional[TokenLayout] = None
+        # Whether the last output was joined before its norm.
+        self.joined = False
 
     def join(self, peft: nn.ModuleDict, x: Tensor,
              layout: TokenLayout) -> Optional[Tensor]:
@@ -94,4 +96,5 @@ def end(backbone: nn.Module, args: tuple, output: Any) -> None:
 def join_output(norm: nn.Module, args: tuple) -> tuple:
     """Forward pre-hook of the norm of an output."""
     stream, stage = norm._peft_output
+    stream.joined = True
     return (stream.output(args[0], stage), *args[1:])

@@ -19,6 +19,9 @@ class BlockPEFT(nn.ModuleDict):
     stream = None
     # The block as side networks see it.
     place = None
+    # Where the arrangement of the tokens is written down, in families whose
+    # blocks are not told.
+    grid = None
     # Branch sites that side networks read, and what they found there.
     taps: Tuple[str, ...] = ()
     tapped: Optional[Dict[str, Tensor]] = None

@@ -10,7 +10,9 @@ from ..errors import SiteError
 from ..methods.side import TrunkBlock
 from ..registry import SITE_MAPS
 from ..sites import INPUT_SITES, PART_SITES, SITES, Site, TokenLayout
+from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
+from .prenorm import JoinedAttention
 
 __all__ = [
     'Block', 'Part', 'SiteMap', 'class_path', 'family_names', 'find_family'
@@ -91,15 +93,26 @@ class SiteMap:
     block_types: Tuple[str, ...] = ()
     #: Full paths of the stock backbones, to recognise them in a config.
     backbone_types: Tuple[str, ...] = ()
-    #: Block path inside the host module: stage path, stage, block number.
+    #: Block path inside the host module: stage path, stage (0 if the pattern
+    #: has none), block number.
     block_pattern: str = r'(?:(?P<host>.+?)\.)?(?P<stage_path>stages\.' \
                          r'(?P<stage>\d+))\.blocks\.\d+'
+    #: Whether other modules use its block class, too; those are left alone.
+    roams: bool = False
     #: Sites this family has no place for, and why.
     refused: Dict[str, str] = {}
     #: Whether its tokens form a grid.
     has_grid: bool = True
     #: Class whose ``forward`` calls the stream sites; bases of the new class.
     mixin: type = object
+    #: The same for the attention, where tokens can join it.
+    attention_mixin: type = JoinedAttention
+
+    @classmethod
+    def hosts(cls, module: nn.Module) -> bool:
+        """Whether a module that has such blocks is a backbone of this
+        family."""
+        return True
 
     @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
@@ -120,13 +133,24 @@ class SiteMap:
         raise NotImplementedError
 
     @classmethod
+    def attention(cls, block: nn.Module) -> nn.Module:
+        """The submodule that :attr:`attention_mixin` is for."""
+        raise NotImplementedError
+
+    @classmethod
     def open_attention(cls, block: nn.Module) -> None:
-        """Let extra tokens join the attention of a block; keys must not
-        change."""
+        """Let extra tokens join the attention of a block."""
+        module = cls.attention(block)
+        if not isinstance(module, JoinedAttention):
+            module.__class__ = peft_class(cls.attention_mixin, type(module))
 
     @classmethod
     def close_attention(cls, block: nn.Module) -> None:
         """Undo :meth:`open_attention`."""
+        module = cls.attention(block)
+        if isinstance(module, JoinedAttention):
+            module.forget()
+            module.__class__ = type(module).stock_class
 
     @classmethod
     def drop_path(cls, block: nn.Module) -> float:
@@ -165,9 +189,46 @@ class SiteMap:
         raise NotImplementedError
 
     @classmethod
-    def outputs(cls, backbone: nn.Module) -> Dict[int, str]:
-        """By stage that is an output, the path of its norm."""
+    def outputs(cls, backbone: nn.Module) -> Dict[int, Optional[str]]:
+        """By stage that is an output, the path of its norm, if it has one."""
         raise NotImplementedError
+
+    @classmethod
+    def join_outputs(cls, backbone: nn.Module, stream: Stream,
+                     stages: Sequence[int]) -> list:
+        """Let side networks join the outputs of some stages.
+
+        Returns:
+            list: Handles of the hooks this takes.
+        """
+        handles = []
+        for stage, path in cls.outputs(backbone).items():
+            if stage in stages and path is not None:
+                norm = backbone.get_submodule(path)
+                norm._peft_output = (stream, stage)
+                handles.append(norm.register_forward_pre_hook(join_output))
+        return handles
+
+    @classmethod
+    def watch(cls, backbone: nn.Module, blocks: Sequence[Block]) -> list:
+        """Let blocks with something attached know what the stock forward
+        does not tell them.
+
+        Returns:
+            list: Handles of the hooks this takes.
+        """
+        return []
+
+    @classmethod
+    def release(cls, backbone: nn.Module) -> None:
+        """Undo what :meth:`join_outputs` and :meth:`watch` did to the
+        backbone, besides hooks."""
+
+    @classmethod
+    def grid_ends(cls, block: Block) -> bool:
+        """Whether no output depends on the grid behind the attention of this
+        block, but on class tokens alone."""
+        return False
 
     @classmethod
     def unreached(cls, backbone: nn.Module) -> List[str]:
@@ -232,18 +293,21 @@ class SiteMap:
             if class_path(stock) not in cls.block_types:
                 continue
             match = re.fullmatch(cls.block_pattern, path)
-            if match is None:
+            host = (match['host'] or '') if match else ''
+            if match is None or not cls.hosts(root.get_submodule(host)):
+                if cls.roams:
+                    continue
                 raise SiteError(
                     f'A {stock.__name__} sits at {path!r}, where '
                     f'{cls.__name__} does not expect one; pass the backbone '
                     'itself.')
-            host = match['host'] or ''
             inner = path[len(host) + 1:] if host else path
             index = sum(h == host for h, _ in found)
             backbone = root.get_submodule(host)
+            stage = int(match.groupdict().get('stage') or 0)
             found.append((host,
-                          Block(inner, index, int(match['stage']),
-                                match['stage_path'], module, backbone, cls)))
+                          Block(inner, index, stage, match['stage_path'],
+                                module, backbone, cls)))
         return found
 
     @classmethod

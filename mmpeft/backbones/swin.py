@@ -7,79 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import SITE_MAPS
-from ..sites import TOKEN_SITES, TokenLayout
-from .attached import peft_class
+from ..sites import TokenLayout
 from .base import Block, Part, SiteMap, TrunkBlock
+from .prenorm import JoinedAttention, PreNormForward
 
 __all__ = ['SwinSites']
 
 
-class SwinForward:
-    """The stock block forward, with its stream sites called.
+class SwinForward(PreNormForward):
+    """The stock forward, which is told the shape of the map."""
 
-    Drop-path is called here and not inside the attention and the MLP, so that
-    a branch can be seen before it.
-    """
+    ffn_drop_path = property(lambda self: self.ffn.dropout_layer)
+    joined_attention = property(lambda self: self.attn.w_msa)
 
     def forward(self, x: Tensor, hw_shape: tuple) -> Tensor:
         """(B, H*W, C) -> (B, H*W, C)"""
         layout = TokenLayout((int(hw_shape[0]), int(hw_shape[1])))
         return self.peft.call(self._forward, x, layout, self.with_cp, hw_shape)
 
-    def _forward(self, x: Tensor, tokens: Optional[Tensor],
-                 layout: TokenLayout, hw_shape: tuple) -> Tuple:
-        run = self.peft.run
-        shortcut = run('attn_shortcut', x, x, layout)
-        normed = self.norm1(x)
-        branch, seen = self._attend(normed, tokens, layout, hw_shape)
-        branch = run('attn_parallel', normed, branch, layout)
-        branch = run('attn_branch', x, branch, layout)
-        branch, seen = self._drop(self.attn_drop_path, branch, seen)
-        y = run('attn_add', x, branch, layout) + shortcut
-        x = run('attn_residual', x, y, layout)
-        if seen is not None:
-            tokens = tokens + seen
+    def run_attention(self, normed: Tensor, hw_shape: tuple) -> Tensor:
+        return self.attn(normed, hw_shape)
 
-        shortcut = run('ffn_shortcut', x, x, layout)
-        normed = self.norm2(x)
-        branch = self.ffn.gamma2(self.ffn.layers(normed))
-        branch = run('ffn_parallel', normed, branch, layout)
-        branch = run('ffn_branch', x, branch, layout)
-        if seen is not None:
-            seen = self.ffn.gamma2(self.ffn.layers(self.norm2(tokens)))
-        branch, seen = self._drop(self.ffn.dropout_layer, branch, seen)
-        y = shortcut + run('ffn_add', x, branch, layout)
-        if seen is not None:
-            tokens = tokens + seen
-        return run('ffn_residual', x, y, layout), tokens
-
-    @staticmethod
-    def _drop(drop_path: nn.Module, branch: Tensor,
-              seen: Optional[Tensor]) -> Tuple:
-        """Drop-path, the same draw for the map and the tokens of a sample."""
-        if seen is None:
-            return drop_path(branch), None
-        both = drop_path(torch.cat([seen, branch], dim=1))
-        return both[:, seen.shape[1]:], both[:, :seen.shape[1]]
-
-    def _attend(self, normed: Tensor, tokens: Optional[Tensor],
-                layout: TokenLayout, hw_shape: tuple) -> Tuple:
-        """Attention branch, and what the tokens that go on have seen."""
-        peft = self.peft
-        if not peft.has(*TOKEN_SITES):
-            return self.attn(normed, hw_shape), None
-        empty = normed.new_zeros(normed.shape[0], 0, normed.shape[-1])
-        joined = empty if tokens is None else self.norm1(tokens)
-        w_msa = self.attn.w_msa
-        w_msa.queries = peft.carries
-        w_msa.joined = peft.run('attn_tokens', normed, joined, layout)
-        w_msa.extra = peft.run('attn_kv', normed, (empty[:1], ) * 2, layout)
-        branch = self.attn(normed, hw_shape)
-        seen, w_msa.seen = w_msa.seen, None
-        return branch, None if seen is None else seen[:, :tokens.shape[1]]
+    def run_mlp(self, normed: Tensor) -> Tensor:
+        return self.ffn.gamma2(self.ffn.layers(normed))
 
 
-class JoinedWindowMSA:
+class JoinedWindowMSA(JoinedAttention):
     """The stock window attention, where extra tokens join every window.
 
     They have no place in the window, so no relative-position bias and no
@@ -87,17 +40,10 @@ class JoinedWindowMSA:
     first), and sees the tokens of that sample.
     """
 
-    # Set by the block before each call: tokens (B, p, C) that are projected
-    # like the map's; extra keys and values; whether the tokens ask, too; and
-    # what they have seen, (B, p, C), mean over the windows.
-    joined = extra = seen = None
-    queries = False
-
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B * windows, N, C) -> (B * windows, N, C)"""
         windows, size, dims = x.shape
-        joined, extra, self.joined, self.extra = (self.joined, self.extra,
-                                                  None, None)
+        joined, extra = self.take()
         batch = joined.shape[0]
         asked, keys, values = self.qkv(joined).chunk(3, dim=-1)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -130,6 +76,7 @@ class JoinedWindowMSA:
         out = (weights @ heads(v)).transpose(1, 2).flatten(2)
         out = self.proj_drop(self.proj(out))
         if self.queries:
+            # The mean over the windows of a sample.
             seen = out[:, :num_asked].unflatten(0, (batch, -1))
             self.seen = seen.mean(dim=1)
         return out[:, num_asked:]
@@ -150,6 +97,7 @@ class SwinSites(SiteMap):
         'mmpretrain.models.backbones.swin_transformer.SwinTransformer',
     )
     mixin = SwinForward
+    attention_mixin = JoinedWindowMSA
 
     @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
@@ -173,18 +121,8 @@ class SwinSites(SiteMap):
         del block.attn_drop_path
 
     @classmethod
-    def open_attention(cls, block: nn.Module) -> None:
-        w_msa = block.attn.w_msa
-        if not isinstance(w_msa, JoinedWindowMSA):
-            w_msa.__class__ = peft_class(JoinedWindowMSA, type(w_msa))
-
-    @classmethod
-    def close_attention(cls, block: nn.Module) -> None:
-        w_msa = block.attn.w_msa
-        if isinstance(w_msa, JoinedWindowMSA):
-            for name in ('joined', 'extra', 'seen', 'queries'):
-                w_msa.__dict__.pop(name, None)
-            w_msa.__class__ = type(w_msa).stock_class
+    def attention(cls, block: nn.Module) -> nn.Module:
+        return block.attn.w_msa
 
     @classmethod
     def embed_dims(cls, block: nn.Module) -> int:

@@ -53,6 +53,8 @@ class PEFTModule(Method, nn.Module):
     parts: Tuple[str, ...] = ()
     #: Whether it reads the H x W map and not only single tokens.
     needs_grid: bool = False
+    #: With ``needs_grid``: whether it changes class and register tokens, too.
+    moves_extra: bool = False
     #: Whether it reads the weight of the stock layer at its site.
     needs_layer: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.

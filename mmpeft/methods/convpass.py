@@ -57,6 +57,7 @@ class Convpass(PEFTModule):
     """
 
     needs_grid = True
+    moves_extra = True
 
     def __init__(self,
                  site: Site,

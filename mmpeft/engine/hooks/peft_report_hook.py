@@ -55,6 +55,14 @@ class PEFTReportHook(Hook):
         if skipped:
             runner.logger.info('No output depends on these blocks, so nothing '
                                f'is attached to them: {", ".join(skipped)}.')
+        for state in model.modules():
+            if isinstance(state, PEFTState):
+                for name, paths in state.gridless.items():
+                    runner.logger.info(
+                        f'{name} reads the grid of tokens, and no output '
+                        f'depends on that of {", ".join(paths)}: the head '
+                        'reads the class token alone. It is not attached '
+                        'there.')
         if runner.visualizer is not None:
             runner.visualizer.add_scalars(
                 {

@@ -1,0 +1,119 @@
+"""What pre-norm blocks have in common, whatever their attention."""
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..sites import TOKEN_SITES, TokenLayout
+
+__all__ = ['JoinedAttention', 'PreNormForward']
+
+
+class PreNormForward:
+    """The forward of a stock pre-norm block, with its stream sites called::
+
+        x = x + attn_drop_path(attention(norm1(x)))
+        x = x + ffn_drop_path(mlp(norm2(x)))
+
+    Drop-path is called here and not inside the attention and the MLP, so that
+    a branch can be seen before it. A family's mixin has the stock signature
+    of ``forward`` and says what the block calls these parts.
+    """
+
+    norm1: nn.Module
+    norm2: nn.Module
+    attn_drop_path: nn.Module
+    ffn_drop_path: nn.Module
+
+    def run_attention(self, normed: Tensor, *args: Any) -> Tensor:
+        """The attention branch before drop-path, of the arguments of
+        ``BlockPEFT.call``."""
+        raise NotImplementedError
+
+    def run_mlp(self, normed: Tensor) -> Tensor:
+        """The MLP branch before drop-path."""
+        raise NotImplementedError
+
+    @property
+    def joined_attention(self) -> 'JoinedAttention':
+        """Where tokens join; one only if there is a module for them."""
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor, tokens: Optional[Tensor],
+                 layout: TokenLayout, *args: Any) -> Tuple:
+        run = self.peft.run
+        shortcut = run('attn_shortcut', x, x, layout)
+        normed = self.norm1(x)
+        branch, seen = self._attend(normed, tokens, layout, *args)
+        branch = run('attn_parallel', normed, branch, layout)
+        branch = run('attn_branch', x, branch, layout)
+        branch, seen = self._drop(self.attn_drop_path, branch, seen)
+        y = shortcut + run('attn_add', x, branch, layout)
+        x = run('attn_residual', x, y, layout)
+        if seen is not None:
+            tokens = tokens + seen
+
+        shortcut = run('ffn_shortcut', x, x, layout)
+        normed = self.norm2(x)
+        branch = run('ffn_parallel', normed, self.run_mlp(normed), layout)
+        branch = run('ffn_branch', x, branch, layout)
+        if seen is not None:
+            seen = self.run_mlp(self.norm2(tokens))
+        branch, seen = self._drop(self.ffn_drop_path, branch, seen)
+        y = shortcut + run('ffn_add', x, branch, layout)
+        if seen is not None:
+            tokens = tokens + seen
+        return run('ffn_residual', x, y, layout), tokens
+
+    @staticmethod
+    def _drop(drop_path: nn.Module, branch: Tensor,
+              seen: Optional[Tensor]) -> Tuple:
+        """Drop-path, the same draw for the stream and the tokens of a
+        sample."""
+        if seen is None:
+            return drop_path(branch), None
+        both = drop_path(torch.cat([seen, branch], dim=1))
+        return both[:, seen.shape[1]:], both[:, :seen.shape[1]]
+
+    def _attend(self, normed: Tensor, tokens: Optional[Tensor],
+                layout: TokenLayout, *args: Any) -> Tuple:
+        """Attention branch, and what the tokens that go on have seen."""
+        peft = self.peft
+        if not peft.has(*TOKEN_SITES):
+            return self.run_attention(normed, *args), None
+        empty = normed.new_zeros(normed.shape[0], 0, normed.shape[-1])
+        joined = empty if tokens is None else self.norm1(tokens)
+        attention = self.joined_attention
+        attention.queries = peft.carries
+        attention.joined = peft.run('attn_tokens', normed, joined, layout)
+        attention.extra = peft.run('attn_kv', normed, (empty[:1], ) * 2,
+                                   layout)
+        branch = self.run_attention(normed, *args)
+        seen, attention.seen = attention.seen, None
+        return branch, None if seen is None else seen[:, :tokens.shape[1]]
+
+
+class JoinedAttention:
+    """A stock attention where extra tokens join the others.
+
+    A family's mixin computes in ``forward`` what the stock one does, with the
+    tokens of :meth:`take`, and leaves what they have seen in :attr:`seen`.
+    """
+
+    # Set by the block before each call: tokens (B, p, C) that are projected
+    # like the others; extra keys and values; whether the tokens ask, too; and
+    # what they have seen if they do, (B, p, C).
+    joined = extra = seen = None
+    queries = False
+
+    def take(self) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        """What joins in this call, and no longer."""
+        joined, extra = self.joined, self.extra
+        self.joined = self.extra = None
+        return joined, extra
+
+    def forget(self) -> None:
+        """Leave nothing in a module that becomes stock again."""
+        for name in ('joined', 'extra', 'seen', 'queries'):
+            self.__dict__.pop(name, None)
