@@ -1,4 +1,4 @@
-"""Tiny stock Swin backbones of the three libraries."""
+"""Tiny stock backbones: the Swin of the three libraries, and ViT."""
 import importlib
 
 import pytest
@@ -8,6 +8,9 @@ from mmengine.registry import MODELS
 from mmpeft.registry import METHODS as METHOD_CLASSES
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+#: What tests of all families run on: the Swin of each library, and a ViT with
+#: a class token and two outputs.
+KINDS = LIBRARIES + ('vit', )
 #: Every method with widths that fit a backbone of 16 and 32 channels.
 METHODS = {
     'Full': 'Full',
@@ -54,8 +57,22 @@ METHOD_CLASSES.import_from_location()
 
 
 def stock_cfg(library, **kwargs):
-    """Config of a two-stage Swin; drop-path on, window 7."""
-    if library == 'mmpretrain':
+    """Config of a two-stage Swin; drop-path on, window 7. Or of a ViT."""
+    if library == 'vit':
+        cfg = dict(
+            type='mmpretrain.VisionTransformer',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=64),
+            img_size=48,
+            patch_size=8,
+            out_type='featmap',
+            out_indices=(1, 3),
+            layer_scale_init_value=.5,
+            drop_path_rate=.2)
+    elif library == 'mmpretrain':
         cfg = dict(
             type='mmpretrain.SwinTransformer',
             arch=dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4]),
@@ -86,9 +103,14 @@ def peft_cfg(library, method, **kwargs):
         **kwargs)
 
 
+def library_of(kind):
+    """The library that a kind of backbone is from."""
+    return kind if kind in LIBRARIES else 'mmpretrain'
+
+
 def build_pair(library, method, **kwargs):
     """A stock backbone, and a PEFT one that loaded its weights."""
-    importlib.import_module(library)
+    importlib.import_module(library_of(library))
     torch.manual_seed(0)
     stock = MODELS.build(stock_cfg(library))
     perturb(stock, only='')
@@ -114,8 +136,15 @@ def library(request):
     return request.param
 
 
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """Each kind of backbone, where its library is installed."""
+    pytest.importorskip(library_of(request.param))
+    return request.param
+
+
 @pytest.fixture
 def image():
-    """A batch whose size the window does not divide."""
+    """A batch whose size neither window nor patch divides."""
     torch.manual_seed(2)
     return torch.randn(2, 3, 60, 44)

@@ -15,6 +15,11 @@ from mmpeft.methods.side import SideNetwork
 from mmpeft.sites import (INPUT_SITES, MODULE_SITES, PART_SITES, SITES,
                           STREAM_SITES, TOKEN_SITES)
 
+# Side of a patch, tokens before the grid, grid of the stem, last norm, parts
+# that there are none of.
+SWIN = (4, 0, (15, 11), 'norm1', ())
+FACTS = dict.fromkeys(LIBRARIES, SWIN)
+FACTS['vit'] = (8, 1, (8, 6), 'ln1', ('patch_norm', 'merge_norm'))
 MAP_SITES = MODULE_SITES + INPUT_SITES + STREAM_SITES
 
 
@@ -111,9 +116,9 @@ class Count(SideNetwork):
         return x + self.weight * u
 
 
-def both(library, cls, **kwargs):
-    stock, _ = build_pair(library, 'Frozen')
-    peft = MODELS.build(peft_cfg(library, dict(type=cls, **kwargs)))
+def both(kind, cls, **kwargs):
+    stock, _ = build_pair(kind, 'Frozen')
+    peft = MODELS.build(peft_cfg(kind, dict(type=cls, **kwargs)))
     peft.load_state_dict(stock.state_dict(), strict=False)
     return stock, peft
 
@@ -123,9 +128,9 @@ def run(backbone, image):
     return backbone(image)
 
 
-def test_looking_changes_nothing(library, image):
+def test_looking_changes_nothing(kind, image):
     """In training mode, with drop-path, with and without checkpoints."""
-    stock, peft = both(library, Look)
+    stock, peft = both(kind, Look)
     for with_cp in (False, True):
         for _, block in find_family(peft):
             block.module.with_cp = with_cp
@@ -133,9 +138,10 @@ def test_looking_changes_nothing(library, image):
             assert torch.equal(a, b)
 
 
-def test_what_sites_see(library, image):
-    _, peft = both(library, Look)
+def test_what_sites_see(kind, image):
+    _, peft = both(kind, Look)
     outs = run(peft, image)
+    patch_size, extra, grid, last_norm, _ = FACTS[kind]
     for _, block in find_family(peft):
         modules = block.module.peft['look']
         assert set(modules) == set(MAP_SITES)
@@ -147,10 +153,14 @@ def test_what_sites_see(library, image):
             assert spot.embed_dims == spot.in_dims == x.shape[-1], site
             assert spot.out_dims == y.shape[-1], site
             assert (spot.index, spot.block) == (block.index, block.path)
-            assert (spot.stem_dims, spot.patch_size) == (16, 4)
+            assert (spot.stem_dims, spot.patch_size) == (16, patch_size)
+            assert spot.drop_path == pytest.approx(.2 * block.index / 3)
             if site in STREAM_SITES:
-                height, width = seen[site][2].hw_shape
-                assert x.shape == y.shape == (2, height * width, dims)
+                layout = seen[site][2]
+                height, width = layout.hw_shape
+                assert layout.num_extra_tokens == extra
+                size = extra + height * width
+                assert x.shape == y.shape == (2, size, dims)
             if site in INPUT_SITES or 'shortcut' in site:
                 assert x is y
         for name in ('qkv', 'proj', 'fc1', 'fc2'):
@@ -159,21 +169,23 @@ def test_what_sites_see(library, image):
         assert torch.equal(seen['ffn_parallel'][0], seen['norm2'][1])
         for branch in ('attn', 'ffn'):
             stream = seen[f'{branch}_shortcut'][0]
-            for kind in ('branch', 'add', 'residual'):
-                assert torch.equal(seen[f'{branch}_{kind}'][0], stream)
+            for what in ('branch', 'add', 'residual'):
+                assert torch.equal(seen[f'{branch}_{what}'][0], stream)
             total = stream + seen[f'{branch}_add'][1]
             assert torch.equal(seen[f'{branch}_residual'][1], total)
         assert torch.equal(seen['ffn_shortcut'][0], seen['attn_residual'][1])
-    norm = peft.norm1.peft['look']['out_norm']
+    norm = getattr(peft, last_norm).peft['look']['out_norm']
     x, y, _ = norm.seen
-    assert torch.equal(outs[1].flatten(2).transpose(1, 2), y)
+    assert torch.equal(outs[1].flatten(2).transpose(1, 2), y[:, extra:])
     conv = peft.patch_embed.projection.peft['look']['patch_embed']
-    assert conv.seen[1].shape == (2, 15, 11, 16) and conv.site.out_dims == 16
+    assert conv.seen[1].shape == (2, *grid, 16) and conv.site.out_dims == 16
 
 
 @pytest.mark.parametrize('site', MAP_SITES + PART_SITES)
-def test_the_result_takes_its_place(library, image, site):
-    stock, peft = both(library, Add, at=(site, ), layers=None)
+def test_the_result_takes_its_place(kind, image, site):
+    if site in FACTS[kind][-1]:
+        return
+    stock, peft = both(kind, Add, at=(site, ), layers=None)
     stock.eval(), peft.eval()
     before = run(stock, image)
     modules = [m for m in peft.modules() if isinstance(m, Add)]
@@ -185,37 +197,36 @@ def test_the_result_takes_its_place(library, image, site):
     assert (run(peft, image)[-1] - before[-1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize('library', LIBRARIES)
-def test_parts_follow_layers_and_outputs(library):
-    pytest.importorskip(library)
-    _, peft = both(library, Look, layers='stage:1')
-    assert not hasattr(peft.norm1, 'peft')
-    _, peft = both(library, Look)
+def test_parts_follow_layers_and_outputs(kind):
+    last_stage = list(find_family(build_pair(kind, 'Frozen')[0]))[-1][1].stage
+    _, peft = both(kind, Look, layers=f'stage:{last_stage}')
+    assert not hasattr(getattr(peft, FACTS[kind][3]), 'peft')
+    _, peft = both(kind, Look)
     found = {
         m.site.name: m.site.block
         for m in peft.modules()
         if isinstance(m, Look) and m.site.name in PART_SITES
     }
-    assert set(found) == set(PART_SITES)
+    assert set(found) == set(PART_SITES) - set(FACTS[kind][-1])
     eject(peft)
     assert not any('peft' in k for k in peft.state_dict())
     assert not any('peft' in n for n, _ in peft.named_modules())
 
 
 @pytest.mark.parametrize('site', TOKEN_SITES)
-def test_no_tokens_is_stock_attention(library, image, site):
+def test_no_tokens_is_stock_attention(kind, image, site):
     """The family's own attention, with nothing that joins it."""
-    stock, peft = both(library, Prompt, at=site, num=0)
+    stock, peft = both(kind, Prompt, at=site, num=0)
     for a, b in zip(run(stock, image), run(peft, image)):
         assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
 
 @pytest.mark.parametrize('carries', [False, True])
 @pytest.mark.parametrize('site', TOKEN_SITES)
-def test_samples_do_not_mix(library, image, site, carries):
+def test_samples_do_not_mix(kind, image, site, carries):
     if carries and site != 'tokens':
         return
-    _, peft = both(library, Prompt, at=site, carries=carries)
+    _, peft = both(kind, Prompt, at=site, carries=carries)
     peft.eval()
     other = image.clone()
     other[1] += 1
@@ -230,30 +241,35 @@ def test_samples_do_not_mix(library, image, site, carries):
     assert peft.peft.stream is None or peft.peft.stream.tokens is None
 
 
-def test_tokens_that_go_on_stand_alone(library):
+def test_tokens_that_go_on_stand_alone(kind):
     with pytest.raises(PEFTError, match='Prompt and Prompt cannot stand'):
         MODELS.build(
-            peft_cfg(library, [
+            peft_cfg(kind, [
                 dict(type=Prompt, carries=True),
                 dict(type=Prompt, name='second')
             ]))
 
 
-def test_side_network(library, image):
-    stock, peft = both(library, Count)
+def test_side_network(kind, image):
+    stock, peft = both(kind, Count)
     network = peft.peft.count
     for a, b in zip(run(stock, image), run(peft, image)):
         assert torch.equal(a, b)
     paths = [b.path for _, b in find_family(stock)]
+    # Two outputs of two stages, or of one.
+    second = ['output 0'] if kind == 'vit' else ['output 1']
     assert network.log == [
-        'start', *paths[:2], 'output 0', 'stage 1', *paths[2:], 'output 1'
+        'start', *paths[:2], 'output 0',
+        *([] if kind == 'vit' else ['stage 1']), *paths[2:], *second
     ]
     assert peft.peft.stream.states == {} and peft.peft.stream.stage is None
     assert [b.path for b in network.trunk.blocks] == paths
-    assert network.trunk.stage_dims == {0: 16, 1: 32}
+    dims = {0: 16} if kind == 'vit' else {0: 16, 1: 32}
+    assert network.trunk.stage_dims == dims
     network.weight.data.fill_(.1)
     outs = run(peft, image)
-    assert not torch.equal(outs[0], run(stock, image)[0])
+    for a, b in zip(outs, run(stock, image)):
+        assert not torch.equal(a, b)
     sum(o.sum() for o in outs).backward()
     assert {n for n, p in peft.named_parameters()
             if p.grad is not None} == {'peft.count.weight'}
@@ -264,11 +280,11 @@ def test_side_network(library, image):
         assert torch.equal(a, b)
 
 
-def test_side_network_and_checkpointing(library, image):
+def test_side_network_and_checkpointing(kind, image):
     """Beside a method that is recomputed in backward."""
     methods = [dict(type=Count), dict(type='LNTune')]
-    build_pair(library, 'Frozen')
-    peft = MODELS.build(peft_cfg(library, methods, allow_random_base=True))
+    build_pair(kind, 'Frozen')
+    peft = MODELS.build(peft_cfg(kind, methods, allow_random_base=True))
     peft.peft.count.weight.data.fill_(.1)
     grads = []
     for with_cp in (False, True):
@@ -281,8 +297,8 @@ def test_side_network_and_checkpointing(library, image):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_an_error_leaves_no_state(library, image):
-    _, peft = both(library, Count)
+def test_an_error_leaves_no_state(kind, image):
+    _, peft = both(kind, Count)
     with pytest.raises(Exception):
         peft(torch.zeros(1, 1, 8, 8))
     assert peft.peft.stream.states == {}
