@@ -124,10 +124,9 @@ class Build:
         for block in chosen:
             self.taps[block.path] = self.taps.get(block.path, ()) + cls.taps
         if cls.trains_out_norms:
-            roots = tuple(f'{part.path}.'
-                          for part in self.family.parts(backbone)
-                          if part.name == 'out_norm'
-                          and part.stage in trunk.outputs)
+            roots = tuple(
+                f'{part.path}.' for part in self.family.parts(backbone)
+                if part.name == 'out_norm' and part.stage in trunk.outputs)
             self.trained |= {
                 n
                 for n, _ in backbone.named_parameters() if n.startswith(roots)
@@ -172,9 +171,9 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
     stages = {s for n in build.networks.values() for s in n.trunk.outputs}
     if stages:
         state._handles += family.join_outputs(backbone, stream, stages)
-    state._handles += family.watch(backbone, [
-        b for _, b in family.blocks(backbone) if hasattr(b.module, 'peft')
-    ])
+    state._handles += family.watch(
+        backbone,
+        [b for _, b in family.blocks(backbone) if hasattr(b.module, 'peft')])
 
 
 def _blocks(build: Build, backbone: nn.Module) -> List[Block]:
@@ -183,13 +182,11 @@ def _blocks(build: Build, backbone: nn.Module) -> List[Block]:
         place.path
         for place, _, at in build.modules if 'tokens' in at
     }
-    return [
-        b for _, b in build.family.blocks(backbone) if b.path in paths
-    ]
+    return [b for _, b in build.family.blocks(backbone) if b.path in paths]
 
 
-def _attach_block(block: Block, name: str,
-                  at_sites: Dict[str, PEFTModule]) -> None:
+def _attach_block(block: Block, name: str, at_sites: Dict[str,
+                                                          PEFTModule]) -> None:
     family, module = block.family, block.module
     family.swap(module)
     module.peft[name] = nn.ModuleDict(at_sites)

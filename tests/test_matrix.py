@@ -123,8 +123,9 @@ def test_declared_parameters_get_gradients(name, kind, image):
     if name in ATTACHED:
         added = {n for n, _ in peft.named_parameters() if '.peft.' in f'.{n}'}
         norms = OUT_NORMS[kind] if name == 'E3VA' else set()
-        assert {n for n in declared - added if n.split('.')[0] not in norms
-                } == set() and added <= declared
+        assert {n
+                for n in declared - added
+                if n.split('.')[0] not in norms} == set() and added <= declared
     optimizer = torch.optim.SGD(peft.parameters(), lr=.1)
     before = {n: p.clone() for n, p in peft.named_parameters()}
     seen = set()
@@ -210,9 +211,10 @@ def test_init_weights_keeps_the_start(name, kind, image):
             elif value.numel() > 64:
                 assert .7 < float(old.std() / value.std()) < 1.4, (n, key)
     if name in EXACT + ROUNDED and name in ATTACHED:
-        stock.load_state_dict(
-            {k: v
-             for k, v in peft.state_dict().items() if '.peft.' not in f'.{k}'})
+        stock.load_state_dict({
+            k: v
+            for k, v in peft.state_dict().items() if '.peft.' not in f'.{k}'
+        })
         stock.eval(), peft.eval()
         assert gap(outputs(peft, image), outputs(stock, image)) < 1e-5
 

@@ -271,7 +271,8 @@ def test_side_network(kind, image):
     for a, b in zip(outs, run(stock, image)):
         assert not torch.equal(a, b)
     sum(o.sum() for o in outs).backward()
-    assert {n for n, p in peft.named_parameters()
+    assert {n
+            for n, p in peft.named_parameters()
             if p.grad is not None} == {'peft.count.weight'}
     twin = copy.deepcopy(peft)
     assert twin.peft.stream.networks['count'] is twin.peft.count

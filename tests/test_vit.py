@@ -21,8 +21,7 @@ from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')
 
-ARCH = dict(
-    embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
+ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
 BASE = dict(
     type='mmpretrain.VisionTransformer',
     arch=ARCH,
@@ -31,25 +30,39 @@ BASE = dict(
     out_type='featmap',
     drop_path_rate=.2)
 VARIANTS = {
-    'two outputs': dict(out_indices=(0, 2)),
-    'not the last': dict(out_indices=(0, 1)),
-    'no class token': dict(with_cls_token=False),
-    'class token': dict(out_type='cls_token'),
-    'raw': dict(out_type='raw', final_norm=False),
-    'average': dict(out_type='avg_featmap', final_norm=False),
-    'DINOv2': dict(
-        layer_scale_init_value=1e-1,
-        layer_cfgs=dict(ffn_type='swiglu_fused')),
-    'CLIP': dict(pre_norm=True, layer_cfgs=dict(act_cfg=dict(type='GELU'))),
-    'three layers': dict(layer_cfgs=dict(num_fcs=3)),
-    'DeiT': dict(type='mmpretrain.DistilledVisionTransformer'),
-    'DeiT, tokens': dict(
-        type='mmpretrain.DistilledVisionTransformer', out_type='cls_token'),
-    'MoCoV3': dict(type='mmpretrain.MoCoV3ViT'),
-    'MAE': dict(type='mmpretrain.MAEViT'),
-    'MaskFeat': dict(type='mmpretrain.MaskFeatViT'),
-    'DeiT3': dict(type='mmpretrain.DeiT3', out_indices=(0, 2)),
-    'DeiT3, token': dict(type='mmpretrain.DeiT3', out_type='cls_token'),
+    'two outputs':
+    dict(out_indices=(0, 2)),
+    'not the last':
+    dict(out_indices=(0, 1)),
+    'no class token':
+    dict(with_cls_token=False),
+    'class token':
+    dict(out_type='cls_token'),
+    'raw':
+    dict(out_type='raw', final_norm=False),
+    'average':
+    dict(out_type='avg_featmap', final_norm=False),
+    'DINOv2':
+    dict(
+        layer_scale_init_value=1e-1, layer_cfgs=dict(ffn_type='swiglu_fused')),
+    'CLIP':
+    dict(pre_norm=True, layer_cfgs=dict(act_cfg=dict(type='GELU'))),
+    'three layers':
+    dict(layer_cfgs=dict(num_fcs=3)),
+    'DeiT':
+    dict(type='mmpretrain.DistilledVisionTransformer'),
+    'DeiT, tokens':
+    dict(type='mmpretrain.DistilledVisionTransformer', out_type='cls_token'),
+    'MoCoV3':
+    dict(type='mmpretrain.MoCoV3ViT'),
+    'MAE':
+    dict(type='mmpretrain.MAEViT'),
+    'MaskFeat':
+    dict(type='mmpretrain.MaskFeatViT'),
+    'DeiT3':
+    dict(type='mmpretrain.DeiT3', out_indices=(0, 2)),
+    'DeiT3, token':
+    dict(type='mmpretrain.DeiT3', out_type='cls_token'),
 }
 
 
@@ -113,8 +126,8 @@ def test_stock_forward(variant, image):
 ALL_SITES = [
     'LoRA:rank=2,targets=[q,k,v,proj,fc1,fc2]', 'VPTShallow:num_tokens=2',
     'PrefixTuning:num_tokens=2', 'AdaptFormer:dim=4', 'Adapter:dim=4',
-    'SNF:num_flows=2', 'Mona:dim=4', 'Convpass:dim=4', 'LAST:rank=2',
-    'IA3', 'VPTDeep:num_tokens=2,norm=False'
+    'SNF:num_flows=2', 'Mona:dim=4', 'Convpass:dim=4', 'LAST:rank=2', 'IA3',
+    'VPTDeep:num_tokens=2,norm=False'
 ]
 
 
@@ -123,8 +136,8 @@ def test_methods(variant, image):
     """Gradients of what is declared, copies, taking off."""
     stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
     expected = run(peft, image)
-    assert not any(torch.equal(a, b)
-                   for a, b in zip(expected, run(stock, image)))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
     twin = copy.deepcopy(peft)
     assert equal(run(twin, image), expected)
     perturb(peft).eval()
@@ -147,13 +160,12 @@ def test_norms(variant, method, image):
     sum((o**2).mean() for o in run(peft, image)).backward()
     for name, parameter in peft.named_parameters():
         assert not parameter.requires_grad or parameter.grad.abs().sum() > 0
-    parts = {
-        m.site.block
-        for m in attached_modules(peft)
-    } - {b.path
-         for b in blocks_of(peft)}
-    norms = dict(CLIP={'pre_norm', 'ln1'}, average={'ln2'}).get(
-        variant, {'ln1'})
+    parts = {m.site.block
+             for m in attached_modules(peft)
+             } - {b.path
+                  for b in blocks_of(peft)}
+    norms = dict(
+        CLIP={'pre_norm', 'ln1'}, average={'ln2'}).get(variant, {'ln1'})
     if method == 'SSF':
         assert parts == {'patch_embed.projection'} | norms
     if variant == 'CLIP' and method == 'SSF':
@@ -225,8 +237,8 @@ def test_prefix_joins_keys_and_values(image):
     _, peft = peft_of('', 'PrefixTuning:num_tokens=3,init_std=1.')
     attn = peft.layers[0].attn
     seen = {}
-    attn.register_forward_hook(lambda m, args, out: seen.update(x=args[0],
-                                                                y=out))
+    attn.register_forward_hook(
+        lambda m, args, out: seen.update(x=args[0], y=out))
     peft.eval()
     run(peft, image)
     prefix = peft.layers[0].peft['prefix_tuning']['attn_kv']
@@ -236,16 +248,17 @@ def test_prefix_joins_keys_and_values(image):
             for own, t in zip(prefix.prefix(), (k, v)))
     q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (q, k, v))
     y = (q @ k.transpose(-2, -1) / 8**.5).softmax(-1) @ v
-    y = F.linear(y.transpose(1, 2).flatten(2), attn.proj.weight,
-                 attn.proj.bias)
+    y = F.linear(
+        y.transpose(1, 2).flatten(2), attn.proj.weight, attn.proj.bias)
     assert (y - seen['y']).abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------- grid
 def test_grid_methods_skip_the_last_block_of_a_class_token(image):
     stock, peft = peft_of('class token', 'Mona:dim=4+LoRA:rank=2')
-    assert [list(layer.peft) for layer in peft.layers
-            ] == [['mona', 'lora'], ['mona', 'lora'], ['lora']]
+    assert [list(layer.peft) for layer in peft.layers] == [['mona', 'lora'],
+                                                           ['mona', 'lora'],
+                                                           ['lora']]
     assert peft.peft.gridless == {'mona': ['layers.2']}
     assert peft.peft.skipped == []
     one = sum(p.numel() for p in peft.layers[0].peft['mona'].parameters())
@@ -285,9 +298,8 @@ def test_grid_follows_the_image_and_the_copy(image):
     twin = copy.deepcopy(peft)
     run(twin, torch.randn(1, 3, 16, 64))
     assert grid.hw_shape == (5, 4)
-    assert {id(layer.peft.grid) for layer in twin.layers} == {
-        id(twin.layers[0].peft.grid)
-    }
+    assert {id(layer.peft.grid)
+            for layer in twin.layers} == {id(twin.layers[0].peft.grid)}
     assert twin.layers[0].peft.grid.hw_shape == (2, 8)
 
 
@@ -367,9 +379,10 @@ def test_side_network_beside_some_blocks(image):
     assert torch.equal(first, a) and not torch.equal(last, b)
 
 
-@pytest.mark.parametrize('variant,trained', [
-    ('two outputs', {'ln1'}), ('not the last', set()), ('raw', set()),
-    ('average', {'ln2'})])
+@pytest.mark.parametrize('variant,trained', [('two outputs', {'ln1'}),
+                                             ('not the last', set()),
+                                             ('raw', set()),
+                                             ('average', {'ln2'})])
 def test_e3va_trains_the_norms_of_outputs(variant, trained):
     _, peft = peft_of(variant, 'E3VA:rank=2')
     norms = {
@@ -428,7 +441,8 @@ def test_layer_decay():
             paramwise_cfg=dict(layer_decay_rate=.5)))
     rates = {
         id(p): group['lr']
-        for group in wrapper.optimizer.param_groups for p in group['params']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
     }
     for i, layer in enumerate(backbone.layers):
         for parameter in layer.peft.parameters():
@@ -463,8 +477,9 @@ def test_blocks_elsewhere_are_left_alone(image):
             head=dict(
                 type='mmpretrain.MAEPretrainHead',
                 patch_size=8,
-                loss=dict(type='mmpretrain.PixelReconstructionLoss',
-                          criterion='L2'))))
+                loss=dict(
+                    type='mmpretrain.PixelReconstructionLoss',
+                    criterion='L2'))))
     assert {host for host, _ in find_family(model)} == {'backbone'}
     counts = count_params(model)
     assert counts['backbone_added'] == 3 * 2 * 4 * 16
@@ -480,8 +495,10 @@ def test_checkpoint_of_another_size(image):
     peft.load_state_dict(state, strict=False)
     run(peft, image)
     assert peft.peft.base_checked
-    peft = PEFTBackbone(BASE['type'], 'LoRA:rank=2',
-                        **{k: v for k, v in BASE.items() if k != 'type'})
+    peft = PEFTBackbone(BASE['type'], 'LoRA:rank=2', **{
+        k: v
+        for k, v in BASE.items() if k != 'type'
+    })
     with pytest.raises(PEFTError, match='never loaded'):
         run(peft, image)
 
@@ -492,4 +509,10 @@ def test_swiglu_layers(image):
     ffn = peft.layers[0].ffn
     assert sites['fc1'].out_dims == ffn.w12.out_features
     assert sites['fc2'].in_dims == ffn.w3.in_features
+    # A hidden width of 24 is no multiple of 16.
+    with pytest.raises(PEFTError, match='FacT'):
+        peft_of(
+            'DINOv2',
+            'FacTTT:rank=2',
+            arch=dict(ARCH, feedforward_channels=36))
     assert torch.isfinite(run(peft, image)[0]).all()

@@ -107,8 +107,9 @@ class ViTSites(SiteMap):
     @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
         ffn = block.ffn
-        fc1, fc2 = (ffn.w12, ffn.w3) if hasattr(ffn, 'w12') else (
-            ffn.layers[0][0], ffn.layers[-2])
+        fc1, fc2 = (ffn.w12,
+                    ffn.w3) if hasattr(ffn, 'w12') else (ffn.layers[0][0],
+                                                         ffn.layers[-2])
         return dict(
             norm1=block.ln1,
             norm2=block.ln2,

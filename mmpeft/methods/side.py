@@ -44,7 +44,8 @@ class Trunk:
     Attributes:
         blocks (tuple[TrunkBlock]): The blocks it runs beside, in order.
         stage_dims (dict[int, int]): Width of each of their stages.
-        outputs (tuple[int]): Those of the stages that are an output.
+        outputs (tuple[int]): Those of the stages that have an output; a ViT
+            has several of its one stage.
         stem_dims (int): Width of the tokens that enter the first block.
     """
 
@@ -119,12 +120,13 @@ class SideNetwork(Method, nn.Module):
 
     def output(self, u: Any, x: Tensor, stage: int,
                layout: TokenLayout) -> Tensor:
-        """What goes into the stock norm of an output.
+        """What goes into the stock norm of an output, if it has one.
 
         Args:
-            u: State after the last block of the stage.
-            x (Tensor): (B, N, d), the output of the stage.
-            stage (int): Which one.
+            u: State after the block that the output is from, in a pyramid the
+                last one of the stage.
+            x (Tensor): (B, N, d), the output.
+            stage (int): The stage it is from.
             layout (TokenLayout): How the tokens are arranged.
         """
         raise NotImplementedError
