@@ -179,7 +179,8 @@ class ViTSites(SiteMap):
         """Paths of the norms of the last output, in order."""
         final = cls.last(backbone) == len(backbone.layers) - 1
         norms = ['ln1'] if backbone.final_norm and final else []
-        return norms + ['ln2'] * (backbone.out_type == 'avg_featmap')
+        # Only where the output is an average.
+        return norms + ['ln2'] * hasattr(backbone, 'ln2')
 
     @classmethod
     def trunk_block(cls, block: Block) -> TrunkBlock:
