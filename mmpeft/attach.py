@@ -104,7 +104,19 @@ class Build:
     def _add_network(self, plan: MethodPlan, backbone: nn.Module,
                      blocks: Sequence[Block]) -> None:
         cls = plan.cls
+        reason = self.family.no_trunk(backbone)
+        if reason:
+            raise SiteError(f'{cls.__name__} runs beside the backbone and '
+                            f'joins its outputs, but {reason}.')
         chosen = plan.choose(blocks)
+        outputs = self.family.outputs(backbone)
+        # Behind the last output nothing would get a gradient.
+        last = max((b.stage for b in chosen if b.stage in outputs), default=-1)
+        if last < 0:
+            stages = sorted({b.stage for b in chosen})
+            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
+                            f'({stages}) is an output of the backbone.')
+        chosen = [b for b in chosen if b.stage <= last]
         dims = {b.stage: self.family.embed_dims(b.module) for b in chosen}
         stages = list(dims)
         gap = set(range(stages[0], stages[-1] + 1)) - set(stages)
@@ -112,14 +124,10 @@ class Build:
             raise PEFTError(f'{cls.__name__}: `layers` leaves out stage '
                             f'{min(gap)} between two that it has; its state '
                             'cannot skip a stage.')
-        outputs = self.family.outputs(backbone)
         trunk = Trunk(
             tuple(self.family.trunk_block(b) for b in chosen), dims,
             tuple(s for s in outputs if s in dims),
             self.family.stem(backbone)[0])
-        if not trunk.outputs:
-            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
-                            f'({stages}) is an output of the backbone.')
         self.networks[plan.name] = plan.construct(trunk)
         for block in chosen:
             self.taps[block.path] = self.taps.get(block.path, ()) + cls.taps

@@ -298,6 +298,24 @@ def test_side_network_and_checkpointing(kind, image):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+def test_side_network_ends_at_the_last_output():
+    pytest.importorskip('mmdet')
+    cfg = peft_cfg('mmdet', dict(type=Count), out_indices=(0, ))
+    network = MODELS.build(cfg).peft.count
+    assert {b.stage for b in network.trunk.blocks} == {0}
+    cfg = peft_cfg('mmdet', dict(type=Count, layers='stage:0'))
+    cfg['out_indices'] = (1, )
+    with pytest.raises(PEFTError, match=r'none of the stages .*\[0\]'):
+        MODELS.build(cfg)
+
+
+def test_outputs_behind_the_patch_merging_are_refused():
+    pytest.importorskip('mmpretrain')
+    cfg = peft_cfg('mmpretrain', dict(type=Count), out_after_downsample=True)
+    with pytest.raises(PEFTError, match='out_after_downsample=True takes'):
+        MODELS.build(cfg)
+
+
 def test_an_error_leaves_no_state(kind, image):
     _, peft = both(kind, Count)
     with pytest.raises(Exception):

@@ -173,6 +173,11 @@ class SiteMap:
         raise NotImplementedError
 
     @classmethod
+    def no_trunk(cls, backbone: nn.Module) -> Optional[str]:
+        """Why no network can run beside this backbone; None if one can."""
+        return None
+
+    @classmethod
     def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
         """By stage, the patch merging that leads into it."""
         return {}

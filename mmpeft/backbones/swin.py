@@ -169,6 +169,13 @@ class SwinSites(SiteMap):
             shift_size=attn.shift_size)
 
     @classmethod
+    def no_trunk(cls, backbone: nn.Module) -> Optional[str]:
+        if getattr(backbone, 'out_after_downsample', False):
+            return ('out_after_downsample=True takes them behind the patch '
+                    'merging; set it to False')
+        return None
+
+    @classmethod
     def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
         return {
             i + 1: stage.downsample
