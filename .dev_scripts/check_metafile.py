@@ -57,7 +57,9 @@ def check(root: Path) -> Iterator[str]:
         where = f'configs/{folder.name}'
         if f']({folder.name})' not in overview:
             yield f'configs/README.md: no link to {folder.name}'
-        for name in sorted({*EVERYWHERE} - {p.name for p in folder.glob('*.py')}):
+        for name in sorted({*EVERYWHERE} -
+                           {p.name
+                            for p in folder.glob('*.py')}):
             yield f'{where}: has no {name}, as other methods do'
         for name in ('README.md', 'metafile.yml'):
             if not (folder / name).is_file():

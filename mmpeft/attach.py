@@ -79,7 +79,7 @@ class Build:
                 f'{cls.__name__} changes the grid of tokens, but in '
                 f'{", ".join(self.gridless[plan.name])} no output depends on '
                 'it: the head reads the class token alone. Choose other '
-                "blocks with `layers`, or another `out_type` of the backbone.")
+                'blocks with `layers`, or another `out_type` of the backbone.')
         if not plan.restricted:
             places += [(part, [part.site], plan.kwargs)
                        for part in self.family.parts(backbone)

@@ -34,8 +34,8 @@ def merged_state_dict(model: nn.Module) -> 'OrderedDict[str, Tensor]':
     for host, places in _places(model).items():
         for place in places:
             for layer, modules in _layers(place, reasons):
-                folds.append(('.'.join(p for p in (host, layer) if p),
-                              modules))
+                folds.append(
+                    ('.'.join(p for p in (host, layer) if p), modules))
         networks = model.get_submodule(host).peft.children()
         for network in networks:
             if isinstance(network, SideNetwork):

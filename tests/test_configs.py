@@ -121,8 +121,8 @@ def test_methods_are_compared_on_equal_terms(method, task):
     full = load('full', task)
     full.model.backbone.method = backbone.method
     hooks = METHODS.get(FOLDERS[method]).hooks
-    assert cfg.pop('custom_hooks', []) == full.pop('custom_hooks', []) + list(
-        hooks)
+    assert cfg.pop('custom_hooks',
+                   []) == full.pop('custom_hooks', []) + list(hooks)
     assert cfg.to_dict() == full.to_dict()
 
 
@@ -180,8 +180,8 @@ def test_readme_has_the_counts_of_the_built_backbone(method, monkeypatch):
                         functools.partial(torch.linspace, device='cpu'))
     rows = checker.readme_rows(ROOT / 'configs' / method)
     files = (ROOT / 'configs' / method).glob('*.py')
-    assert sorted(rows) == sorted(
-        f.stem for f in files if checker.DEMO not in f.stem)
+    assert sorted(rows) == sorted(f.stem for f in files
+                                  if checker.DEMO not in f.stem)
     for task, row in rows.items():
         with torch.device('meta'):
             backbone = MODELS.build(load(method, task).model.backbone)

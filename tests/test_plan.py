@@ -39,7 +39,8 @@ def test_names():
 
 
 @pytest.mark.parametrize('method, says', [
-    ('Moan', "no method 'Moan'.*did you mean 'Mona'.*Known: AdaLoRA, AdaptFormer"),
+    ('Moan',
+     "no method 'Moan'.*did you mean 'Mona'.*Known: AdaLoRA, AdaptFormer"),
     (dict(dim=64), 'needs a type'),
     ('Mona:dims=8', "no argument 'dims'.*did you mean 'dim'.*It takes dim"),
     (dict(type='Mona', overrides={0: dict(rank=1)}), "no argument 'rank'"),

@@ -73,7 +73,8 @@ def test_full_is_the_stock_run(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'method', ['LoRA:rank=4', 'AdaptFormer:dim=4', 'DoRA:rank=4', 'FacTTT:rank=4'])
+    'method',
+    ['LoRA:rank=4', 'AdaptFormer:dim=4', 'DoRA:rank=4', 'FacTTT:rank=4'])
 def test_identity_after_every_init(base, method):
     """What the Runner hands to the first iteration equals the frozen model
     with the loaded weights."""
@@ -178,16 +179,10 @@ def test_resume_equals_one_run(base, tmp_path, method):
     whole, losses = segmentor.train(
         segmentor.config(method, iters=4, **pretrained(base)))
     first = segmentor.config(
-        method,
-        work_dir=str(tmp_path),
-        iters=2,
-        **pretrained(base))
+        method, work_dir=str(tmp_path), iters=2, **pretrained(base))
     segmentor.train(first)
     second = segmentor.config(
-        method,
-        work_dir=str(tmp_path),
-        iters=4,
-        **pretrained(base))
+        method, work_dir=str(tmp_path), iters=4, **pretrained(base))
     second.resume = True
     resumed, tail = segmentor.train(second)
     assert tail == losses[2:]

@@ -19,7 +19,6 @@ from rich.table import Table
 
 import mmpeft
 
-
 #: More columns than these make a picture that nobody can read.
 PICTURED = 6
 
@@ -78,8 +77,8 @@ def table_rows(results: List[Dict]) -> Tuple[List[str], List[List[str]]]:
         rows.append([
             r['name'], f'{r["backbone_trainable"]:,}', f'{share:.1f}',
             _spread([100 * s['bbox'] for s in r['runs']], 1),
-            _spread([100 * s['segm'] for s in r['runs']], 1),
-            f'{_ppt(r):.1f}', f'{r["step_cpu_seconds"]:.2f}',
+            _spread([100 * s['segm'] for s in r['runs']],
+                    1), f'{_ppt(r):.1f}', f'{r["step_cpu_seconds"]:.2f}',
             f'{r["saved_bytes"] / 2**20:.0f} MiB'
         ])
     return header, rows

@@ -1,7 +1,6 @@
 """What a block family declares."""
 import re
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple, Type
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -12,6 +11,7 @@ from ..registry import SITE_MAPS
 from ..sites import INPUT_SITES, PART_SITES, SITES, Site, TokenLayout
 from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
+from .places import Block, Part
 from .prenorm import JoinedAttention
 
 __all__ = [
@@ -22,63 +22,6 @@ __all__ = [
 def class_path(cls: type) -> str:
     """Full path of a class; what families are told apart by."""
     return f'{cls.__module__}.{cls.__qualname__}'
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block found in a backbone.
-
-    Attributes:
-        path (str): Path inside the backbone, such as ``stages.2.blocks.5``.
-        index (int): Number over the whole backbone, from 0.
-        stage (int): Number of its stage, from 0.
-        stage_path (str): Path of its stage, such as ``stages.2``.
-        module (nn.Module): The block itself.
-        backbone (nn.Module): The backbone it is in.
-        family (type): The site map of its family.
-    """
-
-    path: str
-    index: int
-    stage: int
-    stage_path: str
-    module: nn.Module
-    backbone: nn.Module
-    family: Type['SiteMap']
-
-    def layer(self, site: str) -> Optional[nn.Module]:
-        """The stock submodule at a site or behind an input; None if the site
-        is no submodule."""
-        name = site[:-len('_input')] if site in INPUT_SITES else site
-        return self.family.modules(self.module).get(name)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stock submodule outside the blocks that is a site.
-
-    Attributes:
-        name (str): One of ``mmpeft.sites.PART_SITES``.
-        path (str): Path inside the backbone.
-        stage (int): Number of the stage it belongs to, from 0.
-        dims (int): Channels it returns.
-        module (nn.Module): The submodule.
-    """
-
-    name: str
-    path: str
-    stage: int
-    dims: int
-    module: nn.Module
-
-    @property
-    def site(self) -> Site:
-        """The site, for a module that is attached to it."""
-        return Site(self.name, self.dims, self.dims, self.path, self.stage)
-
-    def layer(self, site: str) -> nn.Module:
-        """The submodule itself."""
-        return self.module
 
 
 class SiteMap:

@@ -64,8 +64,8 @@ class JoinedWindowMSA(JoinedAttention):
         bias = bias.permute(2, 0, 1)
         if mask is not None:
             # (heads, N, N) + (windows of a sample, 1, N, N)
-            bias = (bias + mask.unsqueeze(1)).repeat(
-                windows // mask.shape[0], 1, 1, 1)
+            bias = (bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0],
+                                                     1, 1, 1)
         num_asked = asked.shape[1] if self.queries else 0
         if num_asked:
             q = torch.cat([spread(asked), q], dim=1)
@@ -144,9 +144,9 @@ class SwinSites(SiteMap):
                  ('patch_norm', 'patch_embed.norm', 0, stem.norm)]
         for stage, merging in cls.mergings(backbone).items():
             if stage <= last:
-                parts.append(('merge_norm',
-                              f'stages.{stage - 1}.downsample.norm', stage - 1,
-                              merging.norm))
+                parts.append(
+                    ('merge_norm', f'stages.{stage - 1}.downsample.norm',
+                     stage - 1, merging.norm))
         for stage, path in cls.outputs(backbone).items():
             parts.append(('out_norm', path, stage, getattr(backbone, path)))
         return [

@@ -56,5 +56,7 @@ def _row(cls: type) -> Dict:
         what=(cls.__doc__ or '').strip().split('\n')[0],
         sites=sites,
         merges=merges,
-        families={n: refusal(cls, f)
-                  for n, f in families.items()})
+        families={
+            n: refusal(cls, f)
+            for n, f in families.items()
+        })

@@ -15,8 +15,8 @@ from ..sites import Site, TokenLayout
 MONA_RECIPE = dict(mmdet=1e-4, mmseg=6e-5)
 
 __all__ = [
-    'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector', 'check_positive', 'check_rate',
-    'check_width'
+    'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector', 'check_positive',
+    'check_rate', 'check_width'
 ]
 
 
