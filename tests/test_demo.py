@@ -144,7 +144,8 @@ def test_rows_hold_mean_and_spread(steps):
     header, (cells, ) = table_rows([row])
     assert len(header) == len(cells)
     assert cells == [
-        'Mona', '50', '5.0', '20.0 ± 0.0', '35.0 ± 7.1', '0.50', '3 MiB'
+        'Mona', '50', '5.0', '20.0 ± 0.0', '35.0 ± 7.1', '35.0', '0.50',
+        '3 MiB'
     ]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import METHODS, perturb
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from mmpeft.backbones import find_family
 from mmpeft.config import add_method, find_backbones
@@ -20,6 +20,13 @@ from mmpeft.methods.side import SideNetwork
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Stock parts are built in the scope of a run, which other tests leave
+    behind."""
+    init_default_scope('mmpretrain')
 
 ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
 BASE = dict(

@@ -1,2 +1,3 @@
 _base_ = '../_base_/upernet_swin-l_ade20k.py'
-model = dict(backbone=dict(method=dict(type='BAPAT', dim=128)))
+model = dict(
+    backbone=dict(method=dict(type='BAPAT', dim=128, adaptformer_dim=64)))

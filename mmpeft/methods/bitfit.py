@@ -22,6 +22,7 @@ class BitFit(Selector):
             as a bias. Defaults to True.
     """
 
+    key = 'bitfit'
     recipe_lr = MONA_RECIPE
 
     def __init__(self, rel_pos_tables: bool = True) -> None:
