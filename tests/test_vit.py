@@ -28,6 +28,7 @@ def scope():
     behind."""
     init_default_scope('mmpretrain')
 
+
 ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
 BASE = dict(
     type='mmpretrain.VisionTransformer',
