@@ -4,19 +4,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .adaptformer import AdaptFormer
 from .base import PEFTModule, check_positive, check_width
+from .low_rank import QKV_PARTS, RowModule, check_targets
 
 __all__ = ['BAPAT']
 
-PARTS = ('q', 'k', 'v')
-
 
 @METHODS.register_module()
-class BAPAT(PEFTModule):
+class BAPAT(RowModule):
     """Parallel attention: a bottleneck that adds to keys and values, and an
     AdaptFormer.
 
@@ -54,6 +52,7 @@ class BAPAT(PEFTModule):
 
     key = 'bapat'
     sites = ('qkv', 'ffn_parallel')
+    no_merge = PEFTModule.no_merge
 
     def __init__(self,
                  site: Site,
@@ -61,9 +60,8 @@ class BAPAT(PEFTModule):
                  scale: float = 0.8,
                  targets: Sequence[str] = ('k', 'v'),
                  adaptformer_dim: Optional[int] = 64) -> None:
-        super().__init__(site)
-        self.rows = [site.rows[part] for part in PARTS if part in targets]
-        width = sum(stop - start for start, stop in self.rows)
+        super().__init__(site, targets)
+        width = sum(self.sizes)
         # Wider than one part may be: it is narrow beside what it makes.
         check_width('BAPAT', 'dim', dim, width)
         self.scale = check_positive('BAPAT', 'scale', scale)
@@ -76,10 +74,7 @@ class BAPAT(PEFTModule):
                   targets: Sequence[str] = ('k', 'v'),
                   adaptformer_dim: Optional[int] = 64,
                   **kwargs: Any) -> Sequence[str]:
-        if not (isinstance(targets, (list, tuple)) and targets
-                and all(t in PARTS for t in targets)):
-            raise PEFTError(f'BAPAT: targets={targets!r} must be a list of at '
-                            f'least one of {", ".join(PARTS)}.')
+        check_targets('BAPAT', targets, QKV_PARTS)
         return cls.sites[:1] if adaptformer_dim is None else cls.sites
 
     @classmethod
@@ -101,9 +96,7 @@ class BAPAT(PEFTModule):
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., d), (..., 3 * d) -> (..., 3 * d)"""
         added = self.scale * self.up(torch.tanh(self.down(x)))
-        parts, done = [], 0
-        for (start, stop), own in zip(self.rows,
-                                      added.chunk(len(self.rows), dim=-1)):
-            parts += [y[..., done:start], y[..., start:stop] + own]
-            done = stop
-        return torch.cat(parts + [y[..., done:]], dim=-1)
+        return self.put(y, [
+            part + own
+            for part, own in zip(self.take(y), added.split(self.sizes, -1))
+        ])

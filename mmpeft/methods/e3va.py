@@ -1,7 +1,6 @@
 from typing import Dict, Optional
 
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import METHODS
@@ -24,13 +23,7 @@ class LowRankBottleneck(LoRand):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)"""
-        kernel = self.down_kernel
-        hidden = F.gelu(
-            self.project(x, self.down_left, kernel, self.down_right,
-                         self.down_bias))
-        kernel = kernel if self.up_kernel is None else self.up_kernel
-        return self.project(hidden, self.up_left, kernel, self.up_right,
-                            self.up_bias)
+        return self.bottleneck(x)
 
 
 @METHODS.register_module()

@@ -101,11 +101,15 @@ class LoRand(PEFTModule):
         wide = right.flatten(0, 1).t()
         return F.linear(F.linear(x, thin), wide, bias)
 
-    def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
-        """(B, N, d), (B, N, d) -> (B, N, d)"""
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """``gelu(x W1 + b1) W2 + b2``: (..., d) -> (..., d)"""
         hidden = F.gelu(
-            self.project(y, self.down_left, self.down_kernel, self.down_right,
+            self.project(x, self.down_left, self.down_kernel, self.down_right,
                          self.down_bias))
         kernel = self.down_kernel if self.up_kernel is None else self.up_kernel
-        return y + self.project(hidden, self.up_left, kernel, self.up_right,
-                                self.up_bias)
+        return self.project(hidden, self.up_left, kernel, self.up_right,
+                            self.up_bias)
+
+    def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
+        """(B, N, d), (B, N, d) -> (B, N, d)"""
+        return y + self.bottleneck(y)

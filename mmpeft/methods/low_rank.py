@@ -11,7 +11,10 @@ from ..errors import PEFTError
 from ..sites import Site
 from .base import PEFTModule, check_positive, check_rate, check_width
 
-__all__ = ['LowRank', 'RowModule', 'TARGETS', 'check_targets', 'target_rows']
+__all__ = [
+    'LowRank', 'RowModule', 'QKV_PARTS', 'TARGETS', 'check_targets',
+    'target_rows'
+]
 
 # Parts of the fused projection, and layers that are a site of their own.
 QKV_PARTS = ('q', 'k', 'v')
