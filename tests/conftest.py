@@ -1,16 +1,16 @@
-"""Tiny stock backbones: the Swin of the three libraries, and ViT."""
+"""Tiny stock backbones and every method, for the tests of all pairs."""
+import copy
 import importlib
 
 import pytest
 import torch
+from kinds import KINDS, LIBRARIES
 from mmengine.registry import MODELS
 
+from mmpeft.backbones import find_family
+from mmpeft.engine.listing import refusal
 from mmpeft.registry import METHODS as METHOD_CLASSES
 
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-#: What tests of all families run on: the Swin of each library, and a ViT with
-#: a class token and two outputs.
-KINDS = LIBRARIES + ('vit', )
 #: Every method with widths that fit a backbone of 16 and 32 channels.
 METHODS = {
     'Full': 'Full',
@@ -56,45 +56,14 @@ def method_of(name):
 METHOD_CLASSES.import_from_location()
 
 
-def stock_cfg(library, **kwargs):
-    """Config of a two-stage Swin; drop-path on, window 7. Or of a ViT."""
-    if library == 'vit':
-        cfg = dict(
-            type='mmpretrain.VisionTransformer',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=64),
-            img_size=48,
-            patch_size=8,
-            out_type='featmap',
-            out_indices=(1, 3),
-            layer_scale_init_value=.5,
-            drop_path_rate=.2)
-    elif library == 'mmpretrain':
-        cfg = dict(
-            type='mmpretrain.SwinTransformer',
-            arch=dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4]),
-            pad_small_map=True,
-            out_indices=(0, 1),
-            drop_path_rate=.2)
-    else:
-        cfg = dict(
-            type=f'{library}.SwinTransformer',
-            embed_dims=16,
-            depths=(2, 2),
-            num_heads=(2, 4),
-            strides=(4, 2),
-            out_indices=(0, 1),
-            drop_path_rate=.2)
-    cfg.update(kwargs)
-    return cfg
+def stock_cfg(kind, **kwargs):
+    """Config of one of KINDS."""
+    return dict(copy.deepcopy(KINDS[kind].cfg), **kwargs)
 
 
-def peft_cfg(library, method, **kwargs):
+def peft_cfg(kind, method, **kwargs):
     """The same with a method."""
-    cfg = stock_cfg(library)
+    cfg = stock_cfg(kind)
     return dict(
         cfg,
         type='mmpeft.PEFTBackbone',
@@ -103,20 +72,21 @@ def peft_cfg(library, method, **kwargs):
         **kwargs)
 
 
-def library_of(kind):
-    """The library that a kind of backbone is from."""
-    return kind if kind in LIBRARIES else 'mmpretrain'
-
-
-def build_pair(library, method, **kwargs):
+def build_pair(kind, method, **kwargs):
     """A stock backbone, and a PEFT one that loaded its weights."""
-    importlib.import_module(library_of(library))
+    importlib.import_module(KINDS[kind].library)
     torch.manual_seed(0)
-    stock = MODELS.build(stock_cfg(library))
+    stock = MODELS.build(stock_cfg(kind))
     perturb(stock, only='')
-    peft = MODELS.build(peft_cfg(library, method, **kwargs))
+    peft = MODELS.build(peft_cfg(kind, method, **kwargs))
     peft.load_state_dict(stock.state_dict(), strict=False)
     return stock, peft
+
+
+def family_of(kind):
+    """The site map of a kind of backbone."""
+    importlib.import_module(KINDS[kind].library)
+    return find_family(MODELS.build(stock_cfg(kind)))[0][1].family
 
 
 def perturb(module, only='.peft.'):
@@ -139,7 +109,7 @@ def library(request):
 @pytest.fixture(params=KINDS)
 def kind(request):
     """Each kind of backbone, where its library is installed."""
-    pytest.importorskip(library_of(request.param))
+    pytest.importorskip(KINDS[request.param].library)
     return request.param
 
 
@@ -148,3 +118,20 @@ def image():
     """A batch whose size neither window nor patch divides."""
     torch.manual_seed(2)
     return torch.randn(2, 3, 60, 44)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out pairs that a family refuses; test_matrix lists them, and
+    tests that each says so."""
+    left_out, families = [], {}
+    for item in items:
+        params = getattr(getattr(item, 'callspec', None), 'params', {})
+        name, kind = params.get('name'), params.get('kind')
+        if name in METHODS and kind in KINDS:
+            if kind not in families:
+                families[kind] = family_of(kind)
+            if refusal(method_of(name), families[kind]):
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

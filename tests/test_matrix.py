@@ -5,13 +5,14 @@ import io
 import pytest
 import torch
 import torch.nn as nn
-from conftest import (LIBRARIES, METHODS, build_pair, method_of, perturb,
-                      stock_cfg)
+from conftest import (METHODS, build_pair, family_of, method_of, peft_cfg,
+                      perturb, stock_cfg)
+from kinds import KINDS
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
 from mmpeft.engine.listing import refusal
-from mmpeft.errors import MergeError
+from mmpeft.errors import MergeError, SiteError
 from mmpeft.injection import eject
 from mmpeft.merge import merged_state_dict
 from mmpeft.methods.base import Selector
@@ -25,11 +26,9 @@ EXACT = ('Full', 'Frozen', 'Partial', 'BitFit', 'LNTune', 'AdaptFormer',
          'LoRA', 'VeRA', 'IA3', 'AdaLoRA', 'FacTTT', 'FacTTK', 'Hydra',
          'RepAdapter', 'Convpass', 'LST')
 ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
-# Those that E3VA trains.
-OUT_NORMS = dict.fromkeys(LIBRARIES, {'norm0', 'norm1'})
-OUT_NORMS['vit'] = {'ln1'}
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
-# Pairs without a place; the others all work, in these tests and in test_vit.
+# Pairs without a place; the others all work, in these tests and in those of
+# the families.
 REFUSED = [('SSF', 'DeiT3Sites')]
 ATTACHED = [
     name for name in METHODS if not issubclass(method_of(name), Selector)
@@ -65,6 +64,17 @@ def test_every_method_is_here():
             reason = refusal(cls, family)
             pair = cls.__name__, family.__name__
             assert (pair in REFUSED) == (reason is not None), (pair, reason)
+
+
+def test_refusals(kind):
+    """At build time, with the reason."""
+    family = family_of(kind)
+    for name, method in METHODS.items():
+        reason = refusal(method_of(name), family)
+        if reason is not None:
+            with pytest.raises(SiteError) as error:
+                MODELS.build(peft_cfg(kind, method))
+            assert reason.split(': ')[-1] in str(error.value)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -122,10 +132,11 @@ def test_declared_parameters_get_gradients(name, kind, image):
     declared = {n for n, p in peft.named_parameters() if p.requires_grad}
     if name in ATTACHED:
         added = {n for n, _ in peft.named_parameters() if '.peft.' in f'.{n}'}
-        norms = OUT_NORMS[kind] if name == 'E3VA' else set()
+        norms = KINDS[kind].out_norms if name == 'E3VA' else ()
         assert {n
                 for n in declared - added
-                if n.split('.')[0] not in norms} == set() and added <= declared
+                if n.rpartition('.')[0] not in norms} == set()
+        assert added <= declared
     optimizer = torch.optim.SGD(peft.parameters(), lr=.1)
     before = {n: p.clone() for n, p in peft.named_parameters()}
     seen = set()
@@ -189,7 +200,7 @@ def test_deepcopy_and_files(name, kind, image):
 def test_init_weights_keeps_the_start(name, kind, image):
     """After the stock initialisation by layer type, which hits adapters."""
     stock, peft = build_pair(kind, METHODS[name])
-    if kind in ('mmpretrain', 'vit'):
+    if KINDS[kind].init_by_layer:
         peft.init_cfg = [dict(type='Normal', layer='Linear', std=.5, bias=.5)]
     torch.manual_seed(5)
     peft.init_weights()

@@ -4,7 +4,8 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import LIBRARIES, build_pair, peft_cfg
+from conftest import build_pair, family_of, peft_cfg
+from kinds import KINDS
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
@@ -15,11 +16,6 @@ from mmpeft.methods.side import SideNetwork
 from mmpeft.sites import (INPUT_SITES, MODULE_SITES, PART_SITES, SITES,
                           STREAM_SITES, TOKEN_SITES)
 
-# Side of a patch, tokens before the grid, grid of the stem, last norm, parts
-# that there are none of.
-SWIN = (4, 0, (15, 11), 'norm1', ())
-FACTS = dict.fromkeys(LIBRARIES, SWIN)
-FACTS['vit'] = (8, 1, (8, 6), 'ln1', ('patch_norm', 'merge_norm'))
 MAP_SITES = MODULE_SITES + INPUT_SITES + STREAM_SITES
 
 
@@ -116,6 +112,12 @@ class Count(SideNetwork):
         return x + self.weight * u
 
 
+def offered(kind, sites=MAP_SITES):
+    """Those of some sites that the family has."""
+    there = family_of(kind).offered()
+    return tuple(s for s in sites if s in there)
+
+
 def both(kind, cls, **kwargs):
     stock, _ = build_pair(kind, 'Frozen')
     peft = MODELS.build(peft_cfg(kind, dict(type=cls, **kwargs)))
@@ -130,7 +132,7 @@ def run(backbone, image):
 
 def test_looking_changes_nothing(kind, image):
     """In training mode, with drop-path, with and without checkpoints."""
-    stock, peft = both(kind, Look)
+    stock, peft = both(kind, Look, at=offered(kind))
     for with_cp in (False, True):
         for _, block in find_family(peft):
             block.module.with_cp = with_cp
@@ -139,31 +141,32 @@ def test_looking_changes_nothing(kind, image):
 
 
 def test_what_sites_see(kind, image):
-    _, peft = both(kind, Look)
+    facts, sites = KINDS[kind], offered(kind)
+    _, peft = both(kind, Look, at=sites)
     outs = run(peft, image)
-    patch_size, extra, grid, last_norm, _ = FACTS[kind]
     for _, block in find_family(peft):
         modules = block.module.peft['look']
-        assert set(modules) == set(MAP_SITES)
+        assert set(modules) == set(sites)
         seen = {s: m.seen for s, m in modules.items()}
         dims = block.family.embed_dims(block.module)
-        for site in MAP_SITES:
+        for site in sites:
             x, y, _ = seen[site]
             spot = modules[site].site
             assert spot.embed_dims == spot.in_dims == x.shape[-1], site
             assert spot.out_dims == y.shape[-1], site
             assert (spot.index, spot.block) == (block.index, block.path)
-            assert (spot.stem_dims, spot.patch_size) == (16, patch_size)
+            assert (spot.stem_dims, spot.patch_size) == (16,
+                                                         facts.patch_size)
             assert spot.drop_path == pytest.approx(.2 * block.index / 3)
             if site in STREAM_SITES:
                 layout = seen[site][2]
                 height, width = layout.hw_shape
-                assert layout.num_extra_tokens == extra
-                size = extra + height * width
+                assert layout.num_extra_tokens == facts.extra
+                size = facts.extra + height * width
                 assert x.shape == y.shape == (2, size, dims)
             if site in INPUT_SITES or 'shortcut' in site:
                 assert x is y
-        for name in ('qkv', 'proj', 'fc1', 'fc2'):
+        for name in {'qkv', 'proj', 'fc1', 'fc2'} & set(seen):
             assert torch.equal(seen[name][0], seen[f'{name}_input'][1])
         assert torch.equal(seen['attn_parallel'][0], seen['norm1'][1])
         assert torch.equal(seen['ffn_parallel'][0], seen['norm2'][1])
@@ -174,16 +177,19 @@ def test_what_sites_see(kind, image):
             total = stream + seen[f'{branch}_add'][1]
             assert torch.equal(seen[f'{branch}_residual'][1], total)
         assert torch.equal(seen['ffn_shortcut'][0], seen['attn_residual'][1])
-    norm = getattr(peft, last_norm).peft['look']['out_norm']
-    x, y, _ = norm.seen
-    assert torch.equal(outs[1].flatten(2).transpose(1, 2), y[:, extra:])
-    conv = peft.patch_embed.projection.peft['look']['patch_embed']
-    assert conv.seen[1].shape == (2, *grid, 16) and conv.site.out_dims == 16
+    if 'out_norm' not in facts.no_parts:
+        norm = peft.get_submodule(facts.out_norms[-1])
+        y = norm.peft['look']['out_norm'].seen[1]
+        assert torch.equal(outs[1].flatten(2).transpose(1, 2),
+                           y.flatten(1, -2)[:, facts.extra:])
+    conv = peft.get_submodule(facts.stem).peft['look']['patch_embed']
+    assert conv.seen[1].shape == (2, *facts.grid, 16)
+    assert conv.site.out_dims == 16
 
 
 @pytest.mark.parametrize('site', MAP_SITES + PART_SITES)
 def test_the_result_takes_its_place(kind, image, site):
-    if site in FACTS[kind][-1]:
+    if site in KINDS[kind].no_parts or not offered(kind, (site, )):
         return
     stock, peft = both(kind, Add, at=(site, ), layers=None)
     stock.eval(), peft.eval()
@@ -199,15 +205,17 @@ def test_the_result_takes_its_place(kind, image, site):
 
 def test_parts_follow_layers_and_outputs(kind):
     last_stage = list(find_family(build_pair(kind, 'Frozen')[0]))[-1][1].stage
-    _, peft = both(kind, Look, layers=f'stage:{last_stage}')
-    assert not hasattr(getattr(peft, FACTS[kind][3]), 'peft')
-    _, peft = both(kind, Look)
+    facts, sites = KINDS[kind], offered(kind)
+    _, peft = both(kind, Look, at=sites, layers=f'stage:{last_stage}')
+    for path in facts.out_norms[-1:]:
+        assert not hasattr(peft.get_submodule(path), 'peft')
+    _, peft = both(kind, Look, at=sites)
     found = {
         m.site.name: m.site.block
         for m in peft.modules()
         if isinstance(m, Look) and m.site.name in PART_SITES
     }
-    assert set(found) == set(PART_SITES) - set(FACTS[kind][-1])
+    assert set(found) == set(PART_SITES) - set(facts.no_parts)
     eject(peft)
     assert not any('peft' in k for k in peft.state_dict())
     assert not any('peft' in n for n, _ in peft.named_modules())
@@ -216,6 +224,8 @@ def test_parts_follow_layers_and_outputs(kind):
 @pytest.mark.parametrize('site', TOKEN_SITES)
 def test_no_tokens_is_stock_attention(kind, image, site):
     """The family's own attention, with nothing that joins it."""
+    if not offered(kind, (site, )):
+        return
     stock, peft = both(kind, Prompt, at=site, num=0)
     for a, b in zip(run(stock, image), run(peft, image)):
         assert (a - b).abs().max() < 1e-5 * a.abs().max()
@@ -224,7 +234,7 @@ def test_no_tokens_is_stock_attention(kind, image, site):
 @pytest.mark.parametrize('carries', [False, True])
 @pytest.mark.parametrize('site', TOKEN_SITES)
 def test_samples_do_not_mix(kind, image, site, carries):
-    if carries and site != 'tokens':
+    if carries and site != 'tokens' or not offered(kind, (site, )):
         return
     _, peft = both(kind, Prompt, at=site, carries=carries)
     peft.eval()
@@ -242,6 +252,8 @@ def test_samples_do_not_mix(kind, image, site, carries):
 
 
 def test_tokens_that_go_on_stand_alone(kind):
+    if not offered(kind, ('tokens', )):
+        return
     with pytest.raises(PEFTError, match='Prompt and Prompt cannot stand'):
         MODELS.build(
             peft_cfg(kind, [
@@ -256,15 +268,14 @@ def test_side_network(kind, image):
     for a, b in zip(run(stock, image), run(peft, image)):
         assert torch.equal(a, b)
     paths = [b.path for _, b in find_family(stock)]
-    # Two outputs of two stages, or of one.
-    second = ['output 0'] if kind == 'vit' else ['output 1']
+    dims = KINDS[kind].dims
+    last = max(dims)
     assert network.log == [
-        'start', *paths[:2], 'output 0',
-        *([] if kind == 'vit' else ['stage 1']), *paths[2:], *second
+        'start', *paths[:2], 'output 0', *([f'stage {last}'] if last else []),
+        *paths[2:], f'output {last}'
     ]
     assert peft.peft.stream.states == {} and peft.peft.stream.stage is None
     assert [b.path for b in network.trunk.blocks] == paths
-    dims = {0: 16} if kind == 'vit' else {0: 16, 1: 32}
     assert network.trunk.stage_dims == dims
     network.weight.data.fill_(.1)
     outs = run(peft, image)

@@ -1,0 +1,96 @@
+"""Tiny stock backbones that tests of all families run on, one entry each."""
+from dataclasses import dataclass
+from typing import Dict, Tuple
+
+__all__ = ['KINDS', 'LIBRARIES', 'Kind']
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A stock backbone of four blocks and two outputs, 16 channels at first,
+    drop-path up to 0.2, for images of 60 x 44.
+
+    Attributes:
+        cfg (dict): Its config.
+        patch_size (int): Side of a patch, in pixels.
+        extra (int): Class and register tokens before the grid.
+        grid (tuple): (H, W) of the stem's tokens.
+        out_norms (tuple): Paths of the norms of outputs.
+        dims (dict): By stage, its width; two blocks in each of two, or four
+            in one.
+        no_parts (tuple): Sites outside the blocks that it has none of.
+        stem (str): Path of the stem's projection.
+        init_by_layer (bool): Whether its ``init_cfg`` may be by layer type.
+    """
+
+    cfg: dict
+    patch_size: int
+    grid: Tuple[int, int]
+    out_norms: Tuple[str, ...]
+    dims: Dict[int, int]
+    extra: int = 0
+    no_parts: Tuple[str, ...] = ()
+    stem: str = 'patch_embed.projection'
+    init_by_layer: bool = True
+
+    @property
+    def library(self) -> str:
+        """The package it is from."""
+        return self.cfg['type'].split('.')[0]
+
+
+def swin(library: str, **kwargs) -> Kind:
+    """The Swin of a library, with two stages and windows of 7."""
+    cfg = dict(
+        type=f'{library}.SwinTransformer',
+        out_indices=(0, 1),
+        drop_path_rate=.2,
+        **kwargs)
+    return Kind(
+        cfg,
+        patch_size=4,
+        grid=(15, 11),
+        out_norms=('norm0', 'norm1'),
+        dims={
+            0: 16,
+            1: 32
+        },
+        init_by_layer=library == 'mmpretrain')
+
+
+SWIN = dict(embed_dims=16, depths=(2, 2), num_heads=(2, 4), strides=(4, 2))
+KINDS = {
+    'mmdet':
+    swin('mmdet', **SWIN),
+    'mmseg':
+    swin('mmseg', **SWIN),
+    'mmpretrain':
+    swin(
+        'mmpretrain',
+        arch=dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4]),
+        pad_small_map=True),
+    # With a class token.
+    'vit':
+    Kind(
+        dict(
+            type='mmpretrain.VisionTransformer',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=64),
+            img_size=48,
+            patch_size=8,
+            out_type='featmap',
+            out_indices=(1, 3),
+            layer_scale_init_value=.5,
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=('ln1', ),
+        dims={0: 16},
+        extra=1,
+        no_parts=('patch_norm', 'merge_norm')),
+}
