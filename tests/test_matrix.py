@@ -133,9 +133,10 @@ def test_declared_parameters_get_gradients(name, kind, image):
     if name in ATTACHED:
         added = {n for n, _ in peft.named_parameters() if '.peft.' in f'.{n}'}
         norms = KINDS[kind].out_norms if name == 'E3VA' else ()
-        assert {n
-                for n in declared - added
-                if n.rpartition('.')[0] not in norms} == set()
+        assert {
+            n
+            for n in declared - added if n.rpartition('.')[0] not in norms
+        } == set()
         assert added <= declared
     optimizer = torch.optim.SGD(peft.parameters(), lr=.1)
     before = {n: p.clone() for n, p in peft.named_parameters()}

@@ -155,8 +155,7 @@ def test_what_sites_see(kind, image):
             assert spot.embed_dims == spot.in_dims == x.shape[-1], site
             assert spot.out_dims == y.shape[-1], site
             assert (spot.index, spot.block) == (block.index, block.path)
-            assert (spot.stem_dims, spot.patch_size) == (16,
-                                                         facts.patch_size)
+            assert (spot.stem_dims, spot.patch_size) == (16, facts.patch_size)
             assert spot.drop_path == pytest.approx(.2 * block.index / 3)
             if site in STREAM_SITES:
                 layout = seen[site][2]
