@@ -1,6 +1,9 @@
 # The semantic twin of mask-rcnn_swin-nano_shapes.py: the same scenes as label
 # maps, and the same backbone, whose keys mmdet and mmseg share.
-_base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'  # noqa
+# On the maintained stack it is mmpeft that makes `mmseg::` known to mmengine.
+_base_ = __import__('mmpeft') and [
+    'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'  # noqa
+]
 custom_imports = dict(imports=['mmpeft'], allow_failed_imports=False)
 
 data_root = 'data/shapes_v1/'
