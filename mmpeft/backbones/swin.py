@@ -1,15 +1,14 @@
 """Swin Transformer blocks of mmdet, mmseg and mmpretrain."""
 from typing import Dict, List, Optional, Tuple
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from .base import Block, Part, SiteMap, TrunkBlock
-from .prenorm import JoinedAttention, PreNormForward
+from .prenorm import PreNormForward
+from .windowed import JoinedWindows
 
 __all__ = ['SwinSites']
 
@@ -32,54 +31,29 @@ class SwinForward(PreNormForward):
         return self.ffn.gamma2(self.ffn.layers(normed))
 
 
-class JoinedWindowMSA(JoinedAttention):
-    """The stock window attention, where extra tokens join every window.
-
-    They have no place in the window, so no relative-position bias and no
-    shift mask. A window belongs to one sample (windows are ordered by sample
-    first), and sees the tokens of that sample.
-    """
+class JoinedWindowMSA(JoinedWindows):
+    """The stock window attention, where extra tokens join every window."""
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B * windows, N, C) -> (B * windows, N, C)"""
-        windows, size, dims = x.shape
-        joined, extra = self.take()
-        batch = joined.shape[0]
-        asked, keys, values = self.qkv(joined).chunk(3, dim=-1)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.attend(x, lambda scores, q: self.place(scores, mask))
 
-        def spread(t: Tensor) -> Tensor:
-            # (B or 1, p, C) -> (B * windows, p, C), in autocast's precision
-            return t.to(q.dtype).repeat_interleave(
-                windows // t.shape[0], dim=0)
-
-        def heads(t: Tensor) -> Tensor:
-            # (B * windows, N, C) -> (B * windows, heads, N, C / heads)
-            return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        k = torch.cat([spread(extra[0]), spread(keys), k], dim=1)
-        v = torch.cat([spread(extra[1]), spread(values), v], dim=1)
-        bias = self.relative_position_bias_table[
-            self.relative_position_index.view(-1)].view(size, size, -1)
-        bias = bias.permute(2, 0, 1)
+    def place(self, scores: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """Add the relative positions, and mask what a shift brought
+        together."""
+        size = scores.shape[-1]
+        bias = self.position_bias().view(size, size, -1).permute(2, 0, 1)
+        scores = scores + bias
         if mask is not None:
-            # (heads, N, N) + (windows of a sample, 1, N, N)
-            bias = (bias + mask.unsqueeze(1)).repeat(windows // mask.shape[0],
-                                                     1, 1, 1)
-        num_asked = asked.shape[1] if self.queries else 0
-        if num_asked:
-            q = torch.cat([spread(asked), q], dim=1)
-        # What has no place has no bias.
-        bias = F.pad(bias, (k.shape[1] - size, 0, num_asked, 0))
-        scores = heads(q) * self.scale @ heads(k).transpose(-2, -1) + bias
-        weights = self.attn_drop(self.softmax(scores))
-        out = (weights @ heads(v)).transpose(1, 2).flatten(2)
-        out = self.proj_drop(self.proj(out))
-        if self.queries:
-            # The mean over the windows of a sample.
-            seen = out[:, :num_asked].unflatten(0, (batch, -1))
-            self.seen = seen.mean(dim=1)
-        return out[:, num_asked:]
+            # (B, windows, heads, N, N) + (windows, 1, N, N)
+            scores = scores.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)
+            scores = scores.flatten(0, 1)
+        return scores
+
+    def position_bias(self) -> Tensor:
+        """Of each pair of tokens in a window, (N * N, heads)."""
+        return self.relative_position_bias_table[
+            self.relative_position_index.view(-1)]
 
 
 @SITE_MAPS.register_module()
