@@ -210,4 +210,4 @@ def _attach_part(part: Part, name: str, at_sites: Dict[str,
     if 'peft' not in part.module._modules:
         part.module.peft = BlockPEFT()
     part.module.peft[name] = nn.ModuleDict(at_sites)
-    connect(part.module, part.module.peft, part.name)
+    connect(part.module, part.module.peft, part.name, part.channels_first)

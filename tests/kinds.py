@@ -93,4 +93,27 @@ KINDS = {
         dims={0: 16},
         extra=1,
         no_parts=('patch_norm', 'merge_norm')),
+    # Maps of channels last, windows that do not divide them, one global
+    # block, and a neck.
+    'vit_sam':
+    Kind(
+        dict(
+            type='mmpretrain.ViTSAM',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=64,
+                global_attn_indexes=[1]),
+            img_size=48,
+            patch_size=8,
+            window_size=3,
+            out_channels=12,
+            out_indices=(1, 3),
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=('channel_reduction.3', ),
+        dims={0: 16},
+        no_parts=('patch_norm', 'merge_norm')),
 }

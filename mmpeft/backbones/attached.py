@@ -92,20 +92,25 @@ def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     deep copy (EMA) runs the copy's adapters.
     """
     peft, site = module._peft_site
-    if isinstance(module, nn.Conv2d):
+    if module._peft_channels_first:
         # (B, C, H, W) -> (B, H, W, C) and back: sites have channels last.
         x, y = args[0].movedim(1, -1), output.movedim(1, -1)
         return peft.run(site, x, y).movedim(-1, 1)
     return peft.run(site, args[0], output)
 
 
-def connect(module: nn.Module, peft: BlockPEFT, site: str) -> None:
+def connect(module: nn.Module,
+            peft: BlockPEFT,
+            site: str,
+            channels_first: bool = False) -> None:
     """Make a stock submodule call the modules attached at its sites.
 
     Args:
         module (nn.Module): The stock submodule.
         peft (BlockPEFT): What is attached.
         site (str): Name of the submodule's site, or of that of its input.
+        channels_first (bool): Whether it returns a map (B, C, H, W), as a
+            convolution always does. Defaults to False.
     """
     is_input = site in INPUT_SITES
     if is_input:
@@ -114,6 +119,8 @@ def connect(module: nn.Module, peft: BlockPEFT, site: str) -> None:
         # A tuple, so that the reference is not registered as a child.
         module._peft_site = (peft, site)
         module._peft_handles = {}
+        module._peft_channels_first = channels_first or isinstance(
+            module, nn.Conv2d)
     if is_input not in module._peft_handles:
         module._peft_handles[is_input] = (
             module.register_forward_pre_hook(input_hook)
@@ -126,6 +133,7 @@ def disconnect(module: nn.Module) -> None:
         for handle in module._peft_handles.values():
             handle.remove()
         del module._peft_site, module._peft_handles
+        del module._peft_channels_first
 
 
 _CLASSES: Dict[Tuple[type, type], type] = {}

@@ -51,6 +51,8 @@ class Part:
         stage (int): Number of the stage it belongs to, from 0.
         dims (int): Channels it returns.
         module (nn.Module): The submodule.
+        channels_first (bool): Whether it returns a map (B, C, H, W), as a
+            convolution always does.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Part:
     stage: int
     dims: int
     module: nn.Module
+    channels_first: bool = False
 
     @property
     def site(self) -> Site:
