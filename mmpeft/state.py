@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import PEFTError
+from .key_styles import hint
 from .methods.base import PEFTModule
 from .stream import Stream, begin, end
 
@@ -44,6 +45,8 @@ class PEFTState(nn.Module):
         self.base_checked = allow_random_base
         self.stream = stream
         self.loaded: Set[str] = set()
+        # Names in checkpoints that are none of this backbone's.
+        self.strangers: List[str] = []
         # Attached modules whose start is yet to be taken from their layer.
         self.unsettled: Set[str] = set()
         self._handles: list = []
@@ -120,6 +123,14 @@ def init_weights(self: nn.Module) -> None:
     again = getattr(self, '_is_init', False)
     try:
         type(self).init_weights(self)
+    except AssertionError as error:
+        # mmengine's answer to an init_cfg whose prefix no key has.
+        if 'is not in the pretrained model' not in str(error):
+            raise
+        raise PEFTError(
+            f'No key in the pre-trained weights of init_cfg begins with '
+            f'{str(error).split(" ")[0]!r}; look at the keys of the file and '
+            'give the prefix they have, or none.') from error
     except RuntimeError as error:
         line = next(
             (t for t in str(error).splitlines() if 'size mismatch' in t), None)
@@ -170,11 +181,16 @@ def note_loaded(module: nn.Module, state_dict: dict, prefix: str,
         value = state_dict.get(prefix + name)
         if value is not None and value.shape == parameter.shape:
             module.peft.loaded.add(name)
-    paths = {id(m): name for name, m in module.named_modules()}
+    own = {prefix + name for name in module.state_dict(keep_vars=True)}
+    module.peft.strangers = [
+        k[len(prefix):] for k in state_dict
+        if k.startswith(prefix) and k not in own
+    ]
+    names = {id(p): name for name, p in module.named_parameters()}
     for name, attached in layer_modules(module):
         if any(k.startswith(f'{prefix}{name}.') for k in state_dict):
             module.peft.unsettled.discard(name)
-        elif f'{prefix}{paths[id(attached.layer)]}.weight' in state_dict:
+        elif prefix + names[id(attached.stock_layer.weight)] in state_dict:
             module.peft.unsettled.add(name)
 
 
@@ -190,24 +206,41 @@ def refuse_random_base(module: nn.Module, args: tuple) -> None:
     Weights arrive after the model is built, so the first training forward is
     the earliest moment to know. Vectors (biases, norms) are not asked for: an
     ImageNet checkpoint has no output norms, and those start as identities.
+    What trains may start anywhere, but not where a checkpoint was given of
+    which next to nothing fits.
 
     Raises:
-        PEFTError: If a frozen weight matrix was never loaded.
+        PEFTError: If a frozen weight matrix was never loaded, or if the names
+            in a checkpoint are not those of the backbone.
     """
     state = module.peft
     if state.base_checked or not module.training:
         return
-    frozen = [
-        n for n, p in module.named_parameters()
-        if p.ndim > 1 and not p.requires_grad
-    ]
+    matrices = {
+        n: p.requires_grad
+        for n, p in module.named_parameters()
+        if p.ndim > 1 and '.peft.' not in f'.{n}'
+    }
+    frozen = [n for n, trains in matrices.items() if not trains]
     missing = [n for n in frozen if n not in state.loaded]
+    foreign = state.strangers and 2 * len(state.loaded
+                                          & set(matrices)) < len(matrices)
+    if foreign and not missing:
+        missing = [n for n in matrices if n not in state.loaded]
+        raise PEFTError(
+            f'{len(missing)} of {len(matrices)} weights of '
+            f'{type(module).__name__} are not in the checkpoint (such as '
+            f'{missing[0]!r}). ' + hint(state.strangers, module.state_dict()))
     if missing:
+        way_out = (
+            'give the backbone an init_cfg=dict(type="Pretrained", '
+            'checkpoint=...) or the config a load_from of the same '
+            'architecture, or set allow_random_base=True if this is meant.')
+        if state.strangers:
+            way_out += ' ' + hint(state.strangers, module.state_dict())
         raise PEFTError(
             f'{len(missing)} of {len(frozen)} frozen weights of '
             f'{type(module).__name__} were never loaded (such as '
             f'{missing[0]!r}), and adapters on random weights learn nothing: '
-            'give the backbone an init_cfg=dict(type="Pretrained", '
-            'checkpoint=...) or the config a load_from of the same '
-            'architecture, or set allow_random_base=True if this is meant.')
+            f'{way_out}')
     state.base_checked = True

@@ -1,0 +1,32 @@
+"""From a checkpoint in one library's names to one in another's."""
+import os.path as osp
+from argparse import Namespace
+
+from torch import Tensor
+
+from ..errors import PEFTError
+from ..key_styles import Report, convert
+from .checkpoint import read_checkpoint, write_checkpoint
+
+__all__ = ['convert_checkpoint']
+
+
+def convert_checkpoint(args: Namespace) -> Report:
+    """Convert ``args.checkpoint`` to the style ``args.to``, into ``args.out``.
+
+    Raises:
+        PEFTError: If the file is not a Swin or ViT, or if the output exists.
+    """
+    if osp.exists(args.out) and (not args.force or (osp.exists(
+            args.checkpoint) and osp.samefile(args.out, args.checkpoint))):
+        raise PEFTError(f'{args.out} exists already; choose another file, or '
+                        '--force (never the checkpoint itself).')
+    checkpoint = read_checkpoint(args.checkpoint)
+    state = checkpoint['state_dict']
+    # Microsoft's and Meta's files keep the tensors under 'model'.
+    if isinstance(state.get('model'), dict):
+        state = state['model']
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    out, report = convert(state, args.to)
+    write_checkpoint(dict(meta=dict(), state_dict=out), args.out)
+    return report
