@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.real import cell as cell_module  # noqa: E402
-from benchmarks.real import data, plan, report  # noqa: E402
+from benchmarks.real import data, plan, report, tasks  # noqa: E402
 from benchmarks.real.halves import evaluate_halves, split_images  # noqa: E402
 
-CAMVID, COCO = plan.TASKS['camvid'], plan.TASKS['coco-mini']
+CAMVID, COCO = tasks.TASKS['camvid'], tasks.TASKS['coco-mini']
+VIT = tasks.TASKS['camvid-vit']
 
 
 def fake_result(cell, score):
@@ -42,22 +43,57 @@ def fake_result(cell, score):
            for phase in phases})
 
 
+def grid_cells(task, results=None, iters=None):
+    """The whole grid of every method."""
+    return [
+        cell for method in task.methods
+        for cell in plan.tuning_cells(task, method, results or {}, iters)
+    ]
+
+
 def fake_tuning(task, best):
     """All tuning cells; learning rate number ``best`` wins by a point."""
     return {
         cell.name: fake_result(cell, 20. + (cell.lr == task.grid[best]))
-        for cell in plan.tuning_cells(task)
+        for cell in grid_cells(task)
     }
 
 
 def test_grid_is_the_same_for_every_method():
-    cells = plan.tuning_cells(CAMVID)
+    cells = grid_cells(CAMVID)
     assert len(cells) == len({c.name for c in cells})
-    for method in plan.METHODS:
+    for method in tasks.METHODS:
         own = [c for c in cells if c.method == method]
         assert tuple(c.lr for c in own) == CAMVID.grid
         assert {c.seed for c in own} == {CAMVID.tune_seed}
     assert CAMVID.tune_seed not in CAMVID.seeds
+
+
+def test_a_head_of_its_own_is_chosen_by_frozen():
+    """Then all methods climb one grid beside that head."""
+    assert {c.method for c in grid_cells(VIT)} == {'Frozen'}
+    assert [c.method for c in plan.next_cells(VIT, {})] == ['Frozen'] * 2
+    results, order = {}, []
+    while cells := plan.next_cells(VIT, results):
+        order.append(cells[0])
+        # The third head, the second rate.
+        head = cells[0].lr * cells[0].head_mult
+        score = 30. - abs(VIT.head_grid.index(pytest.approx(head)) - 2)
+        if cells[0].method != 'Frozen':
+            score -= abs(VIT.grid.index(cells[0].lr) - 1)
+        results[cells[0].name] = fake_result(cells[0], score)
+    for method in VIT.methods:
+        best = plan.choose(VIT, results, method)
+        assert best.lr * best.head_mult == pytest.approx(VIT.head_grid[2])
+        assert best.lr == VIT.grid[0 if method == 'Frozen' else 1]
+        cells = plan.tuning_cells(VIT, method, results)
+        assert len({c.name for c in cells}) == 4
+    final = [c for c in order if c.phase == 'final']
+    assert len(final) == 3 * len(VIT.methods)
+    page = report.render(results, 'real_data_vit')
+    assert '--tasks camvid-vit' in page and 'VPTDeep' in page
+    assert not re.search(r'not measured +\|', page)
+    assert re.search(r'\| Frozen +\| 30.00.*\| 0.009 +\|', page)
 
 
 def walk(task, best):
@@ -79,7 +115,7 @@ def test_grid_is_climbed_from_its_middle(best):
     tuned = [c for c in order if c.phase == 'tune']
     # 0 and 1 are found by going down from 1 and 2, 2 and 3 by going up.
     rates = CAMVID.grid[:3] if best < 2 else CAMVID.grid[1:]
-    for method in plan.METHODS:
+    for method in tasks.METHODS:
         assert {c.lr for c in tuned if c.method == method} == set(rates)
         assert plan.choose(CAMVID, results, method).lr == CAMVID.grid[best]
     final = [c for c in order if c.phase == 'final']
@@ -87,7 +123,7 @@ def test_grid_is_climbed_from_its_middle(best):
     assert order == tuned + final + why
     # Seeds go round: what a stopped study has is equal for all methods.
     assert [c.seed for c in final] == sorted(c.seed for c in final)
-    assert len(final) == 3 * len(plan.METHODS)
+    assert len(final) == 3 * len(tasks.METHODS)
     for cell in why:
         assert cell.seed == 0
         if cell.head_mult != 1:
@@ -115,12 +151,12 @@ def test_failed_learning_rate_is_not_chosen():
     assert [c.lr for c in wanted] == [CAMVID.grid[0]]
     results[wanted[0].name] = fake_result(wanted[0], 1.)
     assert plan.choose(CAMVID, results, 'Full').lr == CAMVID.grid[1]
-    assert 'diverged' in report.render(results)
+    assert 'diverged' in report.render(results, 'real_data')
 
 
 def test_report_of_nothing_says_not_measured():
-    page = report.render({})
-    assert page.count('not measured') > 2 * len(plan.METHODS)
+    page = report.render({}, 'real_data')
+    assert page.count('not measured') > 2 * len(tasks.METHODS)
     assert 'Nothing has been measured' in page
 
 
@@ -132,7 +168,7 @@ def test_report_numbers():
             score += 5 * (cell.method == 'Mona')
             results[cell.name] = fake_result(cell, score)
     results.update(fake_tuning(COCO, best=0))
-    page = report.render(results)
+    page = report.render(results, 'real_data')
     assert re.search(r'\| Mona +\| 36.00 ± 1.00 +\| 1.0000 +\|', page)
     assert f'{cell_module.ppt(36., 1_000_000):.2f}' in page
     assert 'Mona +5.00' in page and 'BitFit +0.00' in page
@@ -147,13 +183,15 @@ def test_ppt():
 
 @pytest.fixture
 def places(tmp_path):
-    return cell_module.Places(tmp_path / 'data', tmp_path / 'cache',
-                              tmp_path / 'base.pth')
+    return cell_module.Places(
+        tmp_path / 'data', tmp_path / 'cache',
+        {t.base: tmp_path / f'{t.base}.pth'
+         for t in tasks.TASKS.values()})
 
 
 @pytest.fixture
 def one_cell():
-    return plan.tuning_cells(CAMVID, iters=2)[0]
+    return grid_cells(CAMVID, iters=2)[0]
 
 
 def pretend(monkeypatch, body):
@@ -196,11 +234,11 @@ def test_weights_must_have_been_loaded(places, one_cell, monkeypatch, differ):
 def test_result_of_another_config_is_not_used(places, one_cell, monkeypatch):
     pretend(monkeypatch, 'raise SystemExit(1)')
     cell_module.run_cell(one_cell, places, {})
-    monkeypatch.setitem(plan.METHODS, one_cell.method, 'Frozen')
+    monkeypatch.setitem(tasks.METHODS, one_cell.method, 'Frozen')
     assert cell_module.read_result(one_cell, places) is None
 
 
-@pytest.mark.parametrize('task', list(plan.TASKS))
+@pytest.mark.parametrize('task', list(tasks.TASKS))
 @pytest.mark.parametrize('phase', ['tune', 'final', 'why'])
 def test_cell_config_is_read(places, task, phase):
     config = pytest.importorskip('mmengine.config').Config
@@ -214,15 +252,20 @@ def test_cell_config_is_read(places, task, phase):
     assert cfg.optim_wrapper.optimizer.lr == 0.003
     keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
     assert keys['head'] == keys['neck'] == dict(lr_mult=3)
-    assert keys['norm'] == dict(decay_mult=0.)
+    assert keys['ln1' if task == 'camvid-vit' else 'norm'] == dict(
+        decay_mult=0.)
     assert cfg.randomness.seed == 7 and cfg.train_cfg.max_iters == 11
-    assert cfg.model.backbone.init_cfg.checkpoint == str(places.checkpoint)
+    assert cfg.model.backbone.init_cfg.checkpoint == str(
+        places.checkpoints[tasks.TASKS[task].base])
     assert cfg.test_dataloader.dataset == cfg.val_dataloader.dataset
-    if task == 'camvid':
+    if task != 'coco-mini':
         split = 'val' if phase == 'tune' else 'test'
         assert cfg.val_dataloader.dataset.data_prefix == dict(
             img_path=f'images/{split}', seg_map_path=f'annotations/{split}')
-        assert cfg.model.data_preprocessor.size == (180, 240)
+        size = tasks.TASKS[task].size
+        assert cfg.model.data_preprocessor.size == size[::-1]
+        assert cfg.val_dataloader.dataset.data_root.endswith(
+            'camvid_{}x{}'.format(*size))
 
 
 def test_longer_run_stretches_the_schedule(places):
@@ -292,7 +335,7 @@ def test_halves_share_no_image(tmp_path):
 
 def test_missing_data_is_one_sentence(tmp_path):
     with pytest.raises(data.DataError, match='--data-root'):
-        data.prepare_camvid(tmp_path, tmp_path)
+        data.prepare_camvid(tmp_path, tmp_path, CAMVID.size)
     with pytest.raises(data.DataError, match='COCO'):
         data.prepare_coco(tmp_path, tmp_path)
 
@@ -311,12 +354,12 @@ def test_study_resumes(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(cell_module, 'run_cell', fake_run)
-    places = cell_module.Places(tmp_path, tmp_path, tmp_path / 'base.pth')
+    places = cell_module.Places(tmp_path, tmp_path, {})
     args = types.SimpleNamespace(
         budget=None, jobs=2, iters=None, retry_failed=False)
     run.Study(places, args).run_task('camvid')
     # All tie, so the walk goes down: three of the four rates.
-    total = len(plan.METHODS) * (3 + len(CAMVID.seeds)) + 12
+    total = len(tasks.METHODS) * (3 + len(CAMVID.seeds)) + 12
     assert len(ran) == len(set(ran)) == total
     run.Study(places, args).run_task('camvid')
     assert len(ran) == total
@@ -327,25 +370,35 @@ def test_study_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize('task', list(plan.TASKS))
+@pytest.mark.parametrize('task', list(tasks.TASKS))
 def test_two_iterations_on_real_data(task, tmp_path):
     """Needs ``MMPEFT_REAL_DATA``, the folder for ``--data-root``."""
     root = os.environ.get('MMPEFT_REAL_DATA')
     if not root:
         pytest.skip('MMPEFT_REAL_DATA is not set')
     root = Path(root).resolve()
-    prepare = dict(camvid=data.prepare_camvid)
-    prepare.get(task, data.prepare_coco)(root, tmp_path)
-    places = cell_module.Places(root, tmp_path, data.find_base(root, tmp_path))
-    lr = plan.TASKS[task].grid[0]
+    size = tasks.TASKS[task].size
+    if size:
+        data.prepare_camvid(root, tmp_path, size)
+    else:
+        data.prepare_coco(root, tmp_path)
+    bases = {
+        'swin-nano': data.find_base(root, tmp_path),
+        'deit-tiny': data.find_deit(root)
+    }
+    places = cell_module.Places(root, tmp_path, bases)
+    lr = tasks.TASKS[task].grid[0]
     for method in ('Full', 'Mona'):
         cell = plan.Cell(task, method, lr, 0, 'tune', iters=2)
         result = cell_module.run_cell(cell, places, {})
         assert result['status'] == 'done', result['reason']
-        assert 0 <= result['tune'][plan.TASKS[task].metric] < 50
+        assert 0 <= result['tune'][tasks.TASKS[task].metric] < 50
         assert result['steps'] == 2
         # No classifier has these norms; indices are buffers.
         new = [k for k in result['base']['new'] if 'position_index' not in k]
-        assert {k.split('.')[0] for k in new} == {'norm0', 'norm1', 'norm2'}
-    # The last method: 2 x 10 modules of width 16 (see Mona's docstring).
-    assert result['backbone_trainable'] == 123_264
+        norms = {'norm0', 'norm1', 'norm2'} if task != 'camvid-vit' else set()
+        assert {k.split('.')[0] for k in new} == norms
+    # The last method: 2 x 10 or 2 x 12 modules of width 16 (see Mona's
+    # docstring).
+    assert result['backbone_trainable'] == (210_432 if task == 'camvid-vit'
+                                            else 123_264)

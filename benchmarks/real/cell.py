@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
+from benchmarks.real.data import camvid_folder
 from benchmarks.real.halves import evaluate_halves
-from benchmarks.real.plan import METHODS, TASKS, Cell
+from benchmarks.real.plan import Cell
+from benchmarks.real.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,12 +27,12 @@ class Places:
     Args:
         data_root (Path): The data as downloaded.
         cache (Path): Prepared data, cells and results.
-        checkpoint (Path): The pre-trained backbone.
+        checkpoints (dict): The pre-trained backbones, by name.
     """
 
     data_root: Path
     cache: Path
-    checkpoint: Path
+    checkpoints: dict[str, Path]
 
     def folder(self, cell: Cell) -> Path:
         return self.cache / 'cells' / cell.name
@@ -74,8 +76,10 @@ def cell_config(cell: Cell, places: Places) -> str:
     """The text of the config file of a cell: paths, rate, seed, split."""
     folder = places.folder(cell)
     evaluator = ''
-    if cell.task == 'camvid':
-        data = repr(str(places.cache / 'camvid_240x180'))
+    task = TASKS[cell.task]
+    checkpoint = str(places.checkpoints[task.base])
+    if task.size:
+        data = repr(str(camvid_folder(places.cache, task.size)))
         split = 'val' if cell.phase == 'tune' else 'test'
         train = f'data_root={data}'
         val = (f"data_root={data}, data_prefix=dict(img_path='images/{split}',"
@@ -105,8 +109,8 @@ def cell_config(cell: Cell, places: Places) -> str:
     # Only the reported runs keep their weights.
     keep = '' if cell.phase == 'final' else 'interval=10**9, save_last=False'
     return CONFIG.format(
-        base=str(TASKS[cell.task].config_path),
-        checkpoint=str(places.checkpoint),
+        base=str(task.config_path),
+        checkpoint=checkpoint,
         train=train,
         val=val,
         evaluator=evaluator,
@@ -122,8 +126,8 @@ def cell_command(cell: Cell, places: Places) -> list:
     return [
         sys.executable,
         str(ROOT / 'tools' / 'train.py'),
-        str(folder / 'cell.py'), '--method', METHODS[cell.method],
-        '--work-dir',
+        str(folder / 'cell.py'), '--method',
+        TASKS[cell.task].methods[cell.method], '--work-dir',
         str(folder / 'run')
     ]
 
@@ -157,7 +161,7 @@ def _measured(cell: Cell, places: Places) -> dict:
                          f"training began, e.g. {base['differ'][0]}")
     if not record['finite']:
         raise ValueError('a trained weight is not finite: training diverged')
-    if cell.task == 'camvid':
+    if TASKS[cell.task].size:
         scores = {
             cell.phase: {
                 key: float(record['metrics'][key])

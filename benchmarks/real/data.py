@@ -8,16 +8,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CAMVID_SIZE = (240, 180)
 CAMVID_SPLITS = ('train', 'val', 'test')
 BASE_NAME = 'swin_nano_tiny-imagenet-100.pth'
+DEIT_NAME = 'deit_tiny_patch16_224_in1k_mmpretrain.pth'
 
 
 class DataError(ValueError):
     """The data folder lacks something; the message says what and where."""
 
 
-def _need(path: Path, what: str) -> Path:
+def need(path: Path, what: str) -> Path:
+    """The path, if something is there."""
     if not path.exists():
         raise DataError(f'{what} not found at {path}: give the folder that '
                         'holds it with --data-root (see '
@@ -38,21 +39,26 @@ def _fresh(final: Path) -> Path:
     return temporary
 
 
-def prepare_camvid(data_root: Path, cache: Path) -> Path:
-    """CamVid at 240x180, images by area averaging, labels by nearest."""
-    final = cache / 'camvid_{}x{}'.format(*CAMVID_SIZE)
+def camvid_folder(cache: Path, size: tuple) -> Path:
+    """Where CamVid is in the size (width, height)."""
+    return cache / 'camvid_{}x{}'.format(*size)
+
+
+def prepare_camvid(data_root: Path, cache: Path, size: tuple) -> Path:
+    """CamVid in a size, images by area averaging, labels by nearest."""
+    final = camvid_folder(cache, size)
     if final.exists():
         return final
-    source = _need(data_root / 'camvid', 'CamVid')
+    source = need(data_root / 'camvid', 'CamVid')
     temporary = _fresh(final)
     for split in CAMVID_SPLITS:
         for kind, how in (('images', cv2.INTER_AREA), ('annotations',
                                                        cv2.INTER_NEAREST)):
             target = temporary / kind / split
             target.mkdir(parents=True)
-            for file in sorted(_need(source / kind / split, kind).iterdir()):
+            for file in sorted(need(source / kind / split, kind).iterdir()):
                 picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-                picture = cv2.resize(picture, CAMVID_SIZE, interpolation=how)
+                picture = cv2.resize(picture, size, interpolation=how)
                 cv2.imwrite(str(target / f'{file.stem}.png'), picture)
     return _finish(temporary, final)
 
@@ -72,11 +78,11 @@ def prepare_coco(data_root: Path, cache: Path) -> Path:
     final = cache / 'coco_mini_object'
     if final.exists():
         return final
-    source = _need(data_root / 'coco_mini', 'the COCO subset')
+    source = need(data_root / 'coco_mini', 'the COCO subset')
     temporary = _fresh(final)
     for split in ('train', 'val'):
         name = f'instances_{split}.json'
-        file = _need(source / 'annotations' / name, name)
+        file = need(source / 'annotations' / name, name)
         (temporary / name).write_text(
             json.dumps(class_agnostic(json.loads(file.read_text()))))
     return _finish(temporary, final)
@@ -88,7 +94,7 @@ def prepare_tiny_imagenet(data_root: Path, cache: Path) -> Path:
     if final.exists():
         return final
     name = 'tiny_imagenet_100/tiny_imagenet_100.npz'
-    packed = np.load(_need(data_root / name, 'Tiny ImageNet'))
+    packed = np.load(need(data_root / name, 'Tiny ImageNet'))
     # An npz reads a member anew at every access.
     data, offsets, labels, split, wnids = (
         packed[key] for key in ('data', 'offsets', 'labels', 'split', 'wnids'))
@@ -106,7 +112,7 @@ def prepare_tiny_imagenet(data_root: Path, cache: Path) -> Path:
 
 
 def find_base(data_root: Path, cache: Path) -> Path:
-    """The pre-trained backbone: one trained here, else the one in the data.
+    """The pre-trained Swin: one trained here, else the one in the data.
 
     Returns:
         Path: The checkpoint; it need not exist, when neither does.
@@ -114,3 +120,8 @@ def find_base(data_root: Path, cache: Path) -> Path:
     own = cache / BASE_NAME
     ready = data_root / 'nano_swin' / BASE_NAME
     return ready if ready.exists() and not own.exists() else own
+
+
+def find_deit(data_root: Path) -> Path:
+    """The released DeiT-tiny, with the keys of mmpretrain."""
+    return data_root / 'deit_tiny' / DEIT_NAME

@@ -3,87 +3,13 @@
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Optional
+
+from benchmarks.real.tasks import TASKS, Task
 
 # How much longer the long runs of the examination are.
 STRETCH = 3
-
-CONFIGS = Path(__file__).parent / 'configs'
-
-# One rule for every bottleneck: half the width of the first stage, as 64 is
-# for the 128 channels of Swin-B in the papers. Here that is 16 of 32.
-METHODS = {
-    'Full': 'Full',
-    'Frozen': 'Frozen',
-    'BitFit': 'BitFit',
-    'LoRA': 'LoRA:rank=16',
-    'Adapter': 'Adapter:dim=16',
-    'Mona': 'Mona:dim=16'
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A dataset with its model.
-
-    Args:
-        name (str): As in the names of cells.
-        config (str): File in ``configs``.
-        metric (str): What learning rates are chosen by, in percent.
-        grid (tuple): Learning rates, the same for every method.
-        tune_seed (int): Seed of the runs that choose the learning rate.
-        seeds (tuple): Seeds of the runs that are reported. Empty: the runs
-            of the grid are reported, on images that chose nothing.
-        why_mults (dict): Part (a) of the examination: for each method the
-            factors on Frozen's learning rate that its backbone gets, while
-            the head has Frozen's rate.
-        why_long (tuple): Part (b): methods to train ``STRETCH`` times as
-            long, at their chosen rates.
-        why_long_mults (dict): Part (b) with the rates of part (a).
-    """
-
-    name: str
-    config: str
-    metric: str
-    grid: tuple
-    tune_seed: int
-    seeds: tuple = ()
-    why_mults: dict = field(default_factory=dict)
-    why_long: tuple = ()
-    why_long_mults: dict = field(default_factory=dict)
-
-    @property
-    def config_path(self) -> Path:
-        return CONFIGS / self.config
-
-
-TASKS = {
-    'camvid':
-    Task(
-        name='camvid',
-        config='upernet_swin-nano_camvid.py',
-        metric='mIoU',
-        grid=(5e-4, 1.5e-3, 4.5e-3, 1.35e-2),
-        tune_seed=100,
-        seeds=(0, 1, 2),
-        why_mults=dict(
-            Full=(0.03, 0.1),
-            BitFit=(0.3, ),
-            LoRA=(0.3, ),
-            Adapter=(0.3, ),
-            Mona=(0.3, )),
-        why_long=('Full', 'Frozen', 'LoRA', 'Mona'),
-        why_long_mults=dict(LoRA=(0.3, ), Full=(0.03, ))),
-    'coco-mini':
-    Task(
-        name='coco-mini',
-        config='mask-rcnn_swin-nano_coco-mini.py',
-        metric='bbox_mAP',
-        grid=(1.5e-3, 4.5e-3),
-        tune_seed=0)
-}
 
 
 @dataclass(frozen=True)
@@ -92,8 +18,9 @@ class Cell:
 
     Args:
         task (str): Name of the task.
-        method (str): Name of the method, a key of ``METHODS``.
-        lr (float): Peak learning rate.
+        method (str): Name of the method, a key of the task's ``methods``.
+        lr (float): Peak learning rate; of the backbone, if the head has its
+            own.
         seed (int): Seed of weights, order of the images and flips.
         phase (str): 'tune' (evaluated on the images that choose the learning
             rate), 'final' (on those that are reported) or 'why' (on those
@@ -129,7 +56,7 @@ class Cell:
         tree = ast.parse(TASKS[self.task].config_path.read_text())
         content = dict(
             asdict(self),
-            spec=METHODS[self.method],
+            spec=TASKS[self.task].methods[self.method],
             # The first statement is the docstring.
             config=[ast.dump(node) for node in tree.body[1:]])
         # Only where they matter: a result outlives a new field.
@@ -140,12 +67,29 @@ class Cell:
         return hashlib.sha256(blob).hexdigest()[:16]
 
 
-def tuning_cells(task: Task, iters: Optional[int] = None) -> list[Cell]:
-    """Every method at every learning rate of the grid, one seed."""
-    return [
-        Cell(task.name, method, lr, task.tune_seed, 'tune', iters)
-        for lr in task.grid for method in METHODS
-    ]
+def tuning_cells(task: Task,
+                 method: str,
+                 results: dict[str, dict],
+                 iters: Optional[int] = None) -> list[Cell]:
+    """A method at every learning rate of its grid, one seed.
+
+    Empty, while the rate of the head is not known.
+    """
+    first = Cell(task.name, method, task.grid[0], task.tune_seed, 'tune',
+                 iters)
+    if not task.head_grid:
+        return [replace(first, lr=lr) for lr in task.grid]
+    if method == 'Frozen':
+        # It has nothing for the other rate.
+        return [
+            replace(first, head_mult=head / first.lr)
+            for head in task.head_grid
+        ]
+    frozen = choose(task, results, 'Frozen', iters)
+    if frozen is None:
+        return []
+    head = frozen.lr * frozen.head_mult
+    return [replace(first, lr=lr, head_mult=head / lr) for lr in task.grid]
 
 
 def walk_grid(task: Task,
@@ -162,7 +106,9 @@ def walk_grid(task: Task,
         finished ones, best first. A failed cell counts as tried, not as good;
         a tie goes to the smaller rate.
     """
-    cells = [c for c in tuning_cells(task, iters) if c.method == method]
+    cells = tuning_cells(task, method, results, iters)
+    if not cells:
+        return [], []
     low, high = (len(cells) - 1) // 2, len(cells) // 2
     while True:
         tried = cells[low:high + 1]
@@ -170,7 +116,8 @@ def walk_grid(task: Task,
         if missing:
             return missing, []
         done = [c for c in tried if results[c.name]['status'] == 'done']
-        done.sort(key=lambda c: (-results[c.name]['tune'][task.metric], c.lr))
+        done.sort(key=lambda c:
+                  (-results[c.name]['tune'][task.metric], c.lr, c.head_mult))
         best = cells.index(done[0]) if done else low
         if best == low and low > 0:
             low -= 1
@@ -194,10 +141,10 @@ def next_cells(task: Task,
                iters: Optional[int] = None) -> list[Cell]:
     """What can be run now, in this order: learning rates first."""
     cells = [
-        c for method in METHODS
+        c for method in task.methods
         for c in walk_grid(task, results, method, iters)[0]
     ]
-    cells.sort(key=lambda c: c.lr)
+    cells.sort(key=lambda c: (c.lr, c.head_mult))
     cells += final_cells(task, results, iters)
     cells += why_cells(task, results, iters)
     return [c for c in cells if c.name not in results]
@@ -220,7 +167,7 @@ def final_cells(task: Task,
                 results: dict[str, dict],
                 iters: Optional[int] = None) -> list[Cell]:
     """The reported runs whose learning rate is known, all methods by seed."""
-    rows = [reported_cells(task, results, m, iters) for m in METHODS]
+    rows = [reported_cells(task, results, m, iters) for m in task.methods]
     cells = [c for row in rows for c in row if c.phase == 'final']
     return sorted(cells, key=lambda c: task.seeds.index(c.seed))
 
@@ -234,7 +181,7 @@ def why_cells(task: Task,
     So: the head at the rate that Frozen chose, the backbone at a fraction.
     (b) Longer training at the chosen rates.
     """
-    best = {m: choose(task, results, m, iters) for m in METHODS}
+    best = {m: choose(task, results, m, iters) for m in task.methods}
 
     def split_rates(factors, stretch):
         if best['Frozen'] is None:

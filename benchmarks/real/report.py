@@ -3,31 +3,37 @@
 import platform
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
+from typing import Sequence
 
 from benchmarks.real.cell import ppt
 from benchmarks.real.markdown import fold, spread, table
-from benchmarks.real.plan import (METHODS, STRETCH, TASKS, Cell, Task, choose,
-                                  reported_cells, tuning_cells, why_cells)
+from benchmarks.real.pages import INTROS, reading_of
+from benchmarks.real.plan import (STRETCH, Cell, choose, reported_cells,
+                                  tuning_cells, why_cells)
+from benchmarks.real.tasks import TASKS, Task
 
-# Written by a person, after the tables.
-READING = Path(__file__).with_name('reading.md')
 COMMAND = 'python benchmarks/real/run.py --data-root DIR'
 COLUMNS = {
     'camvid': ('mIoU', ),
+    'camvid-vit': ('mIoU', ),
     'coco-mini': ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')
 }
 TITLES = {
     'camvid': 'CamVid, 240x180 (width x height), UPerNet',
+    'camvid-vit': 'CamVid, 240x176 (width x height), SETR head',
     'coco-mini': 'COCO subset, one category, Mask R-CNN'
 }
 
 
 def _rate(task: Task, best: Cell) -> str:
     """Marks a learning rate at the end of a grid that has a middle."""
-    ends = (task.grid[0], task.grid[-1]) if len(task.grid) > 2 else ()
-    return f'{best.lr:g}' + (' (edge)' if best.lr in ends else '')
+    rate, grid = best.lr, task.grid
+    if task.head_grid and best.method == 'Frozen':
+        rate, grid = best.lr * best.head_mult, task.head_grid
+    ends = (grid[0], grid[-1]) if len(grid) > 2 else ()
+    edge = any(f'{rate:g}' == f'{end:g}' for end in ends)
+    return f'{rate:g}' + (' (edge)' if edge else '')
 
 
 def done_results(task: Task, results: dict[str, dict], method: str) -> list:
@@ -40,7 +46,7 @@ def done_results(task: Task, results: dict[str, dict], method: str) -> list:
 
 def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
     rows, columns = [], COLUMNS[task.name]
-    for method in METHODS:
+    for method in task.methods:
         done = done_results(task, results, method)
         best = choose(task, results, method)
         row = [method]
@@ -61,11 +67,14 @@ def main_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
-def tuning_rows(task: Task, results: dict[str, dict]) -> list[list[str]]:
+def tuning_rows(task: Task, results: dict[str, dict],
+                methods: Sequence[str]) -> list[list[str]]:
     rows = []
-    for method in METHODS:
+    for method in methods:
         row, best = [method], choose(task, results, method)
-        cells = [c for c in tuning_cells(task) if c.method == method]
+        cells = tuning_cells(task, method, results)
+        if not cells:
+            row += ['not measured'] * len(task.grid)
         for cell in cells:
             result = results.get(cell.name)
             if result is None:
@@ -83,7 +92,7 @@ def gains(task: Task, results: dict[str, dict]) -> str:
     """How every method stands to Frozen, in words."""
     scores = {
         m: [r['final'][task.metric] for r in done_results(task, results, m)]
-        for m in METHODS
+        for m in task.methods
     }
     if not scores['Frozen']:
         return ''
@@ -120,9 +129,8 @@ def recipe(task: Task) -> str:
     text = (f'{cfg.train_cfg.max_iters} iterations of batch '
             f'{cfg.train_dataloader.batch_size}, AdamW (weight decay '
             f'{cfg.optim_wrapper.optimizer.weight_decay}, none on norms and '
-            f'relative-position tables), {warmup} iterations of warm-up, then '
-            'linear decay to zero, random flip. Learning rates, for every '
-            'method: ' + ', '.join(f'{lr:g}' for lr in task.grid) + '. ')
+            f'positions), {warmup} iterations of warm-up, then '
+            'linear decay to zero, random flip. ' + _rates(task))
     if len(task.grid) > 2:
         text += ('Each method starts in the middle of the grid and goes on '
                  'while the best is the last one tried. ')
@@ -136,6 +144,16 @@ def recipe(task: Task) -> str:
         f'One seed ({task.tune_seed}). Of the validation images, sorted by '
         f'id, every other one chooses the rate (by {task.metric}), the rest '
         'are reported. Differences of a point mean nothing here.')
+
+
+def _rates(task: Task) -> str:
+    own = ', '.join(f'{lr:g}' for lr in task.grid)
+    if not task.head_grid:
+        return f'Learning rates, for every method: {own}. '
+    head = ', '.join(f'{lr:g}' for lr in task.head_grid)
+    return (f'Learning rates of the head: {head}, chosen by Frozen and the '
+            'same for all; of what a method trains in the backbone: '
+            f'{own}, for every method. ')
 
 
 def why_section(task: Task, results: dict[str, dict]) -> str:
@@ -183,48 +201,29 @@ def task_section(task: Task, results: dict[str, dict]) -> str:
     head += ['CPU s/step', 'Learning rate']
     if task.seeds:
         head.append('Seeds')
-    rates = [f'{lr:g}' for lr in task.grid]
+    tuned = 'Tuning ({}; bold: chosen, "-": not needed):'
     parts = [
         f'## {TITLES[task.name]}',
         f'Config: `benchmarks/real/configs/{task.config}`. ' + recipe(task),
         table(head, main_rows(task, results)),
         gains(task, results),
-        f'Tuning ({task.metric}; bold: chosen, "-": not needed):',
-        table(['Method', *rates], tuning_rows(task, results))
+        tuned.format(task.metric)
     ]
+    apart = ['Frozen'] if task.head_grid else []
+    if apart:
+        parts.append(
+            table(['Head', *(f'{lr:g}' for lr in task.head_grid)],
+                  tuning_rows(task, results, apart)))
+    parts.append(
+        table(['Method', *(f'{lr:g}' for lr in task.grid)],
+              tuning_rows(task, results,
+                          [m for m in task.methods if m not in apart])))
     if task.why_mults or task.why_long:
         parts.append(why_section(task, results))
     failed = failures(task, results)
     if failed:
         parts.append('\n'.join(failed))
     return '\n\n'.join(part for part in parts if part)
-
-
-INTRO = """\
-# PEFT methods on real data
-
-The tables are written by `{command}`
-and not edited by hand. A cell that says "not measured" was not run.
-
-One Swin of 2.7 M parameters (widths 32 to 256, depths 2-2-4-2, window 7),
-pre-trained on 100 classes of Tiny ImageNet at 64x64, is the start of every
-run. So small a base, so few images and so short a training order methods
-among themselves in this regime only; they say nothing about Swin-B on COCO.
-
-- Every run is one call of `tools/train.py` with one thread; the bottleneck of
-  each method is half the first stage's width, as 64 is for Swin-B: {specs}.
-- One learning rate for all that trains: head, neck and what the method
-  trains, as in the stock Swin recipes. Every method is tuned over the same
-  grid; "(edge)" marks a choice at an end of it.
-- Frozen and the PEFT methods keep the output norms `norm0` to `norm2`, which
-  no classifier has, at weight 1 and bias 0, as the released Mona recipe does
-  (BitFit trains their biases); Full trains them. `norm3` comes with the base.
-- No drop-path, window 7 on sizes that 7 does not divide (padding is at work).
-- PPT is `metric * exp(-log10(P / 1e7 + 1))`, P the trainable parameters of
-  the backbone, of the first metric column.
-- CPU s/step: median CPU time of a training step, data loading included.
-  Other programs ran beside, so the wall clock is left out.
-"""
 
 
 def machine(results: dict[str, dict]) -> str:
@@ -241,12 +240,19 @@ def machine(results: dict[str, dict]) -> str:
             f'{done[0]["threads"]} thread per run, torch {versions}.')
 
 
-def render(results: dict[str, dict]) -> str:
+def render(results: dict[str, dict], page: str) -> str:
     """Name of a cell to its result -> the page."""
-    specs = ', '.join(f'`{shlex.quote(s)}`' for s in METHODS.values())
-    parts = [INTRO.format(command=COMMAND, specs=specs).strip()]
+    tasks = [t for t in TASKS.values() if t.page == page]
+    names = {t.name for t in tasks}
+    results = {k: r for k, r in results.items() if r['task'] in names}
+    specs = ', '.join(f'`{shlex.quote(s)}`' for s in tasks[0].methods.values())
+    command = COMMAND
+    if len(tasks) < len(TASKS):
+        command += ' --tasks ' + ' '.join(t.name for t in tasks)
+    parts = [INTROS[page].format(command=command, specs=specs).strip()]
     parts += [machine(results)]
-    parts += [task_section(task, results) for task in TASKS.values()]
-    if READING.exists():
-        parts += ['## Reading', READING.read_text().strip()]
+    parts += [task_section(task, results) for task in tasks]
+    reading = reading_of(page)
+    if reading.exists():
+        parts += ['## Reading', reading.read_text().strip()]
     return '\n\n'.join(map(fold, parts)) + '\n'

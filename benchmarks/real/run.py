@@ -3,8 +3,8 @@
     python benchmarks/real/run.py --data-root DIR
 
 It prepares the data in the cache, runs what is missing of the cells at low
-priority and writes the table (docs/en/real_data.md). README.md in this folder
-says what is measured.
+priority and writes the tables (docs/en/real_data.md and real_data_vit.md).
+README.md in this folder says what is measured.
 """
 
 import argparse
@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.real import cell as cell_module  # noqa: E402
 from benchmarks.real import data, report  # noqa: E402
-from benchmarks.real.plan import TASKS, next_cells, tuning_cells  # noqa: E402
+from benchmarks.real.plan import next_cells  # noqa: E402
 from benchmarks.real.pretrain import pretrain  # noqa: E402
+from benchmarks.real.tasks import TASKS  # noqa: E402
 
 DEFAULT_CACHE = Path(os.environ.get(
     'XDG_CACHE_HOME',
@@ -67,8 +68,8 @@ def parse_args(args=None) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        default=cell_module.ROOT / 'docs' / 'en' / 'real_data.md',
-        help='where the table goes')
+        default=cell_module.ROOT / 'docs' / 'en',
+        help='folder the tables go to')
     return parser.parse_args(args)
 
 
@@ -96,7 +97,7 @@ class Study:
         # What comes next is known once what it depends on is read. A failed
         # cell that is to be tried again stays among the next.
         seen = set()
-        cells = tuning_cells(task, iters)
+        cells = next_cells(task, self.results, iters)
         while cells:
             for cell in cells:
                 seen.add(cell.name)
@@ -172,18 +173,24 @@ def main() -> int:
     data_root, cache = args.data_root.resolve(), args.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     own = cache / data.BASE_NAME
-    checkpoint = own if args.pretrain else data.find_base(data_root, cache)
-    places = cell_module.Places(data_root, cache, checkpoint)
-    study = Study(places, args)
+    checkpoints = {
+        'swin-nano':
+        own if args.pretrain else data.find_base(data_root, cache),
+        'deit-tiny': data.find_deit(data_root)
+    }
+    study = Study(cell_module.Places(data_root, cache, checkpoints), args)
     try:
-        if not args.report:
-            if not checkpoint.exists():
+        for name in [] if args.report else args.tasks:
+            task = TASKS[name]
+            checkpoint = checkpoints[task.base]
+            if checkpoint == own and not own.exists():
                 pretrain(data.prepare_tiny_imagenet(data_root, cache), own)
-            print(f'backbone: {checkpoint}', flush=True)
-            data.prepare_camvid(data_root, cache)
-            data.prepare_coco(data_root, cache)
-            for name in args.tasks:
-                study.run_task(name)
+            print(f'backbone: {data.need(checkpoint, task.base)}', flush=True)
+            if task.size:
+                data.prepare_camvid(data_root, cache, task.size)
+            else:
+                data.prepare_coco(data_root, cache)
+            study.run_task(name)
     except data.DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -195,9 +202,12 @@ def main() -> int:
         args.retry_failed = False
         for name in TASKS:
             study.load(name)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report.render(study.results))
-        print(f'table: {args.out}', flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        # Only the pages that this call is about.
+        for page in {TASKS[name].page: None for name in args.tasks}:
+            file = args.out / f'{page}.md'
+            file.write_text(report.render(study.results, page))
+            print(f'table: {file}', flush=True)
     return 0
 
 
