@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.real.plan import CONFIGS
+from benchmarks.real.tasks import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = CONFIGS / 'pretrain_swin-nano_tiny-imagenet.py'
