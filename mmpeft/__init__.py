@@ -18,6 +18,7 @@ _PUBLIC = {
     'count_params': '.counting',
     'ppt_factor': '.counting',
     'config_path': '.config',
+    'register_family': '.backbones.register',
     'PEFTError': '.errors',
     'SiteError': '.errors',
     'MergeError': '.errors',

@@ -187,7 +187,9 @@ def _scoped(cfg: Config, node: dict) -> Any:
     # A config inherited from another library carries its scope along.
     scope = node.get('_scope_') or cfg.get('default_scope')
     if isinstance(name, str) and '.' not in name and scope:
-        return f'{scope}.{name}'
+        scoped = f'{scope}.{name}'
+        # What a package registered with mmengine itself has no scope.
+        return scoped if _resolve(scoped) or not _resolve(name) else name
     return name
 
 

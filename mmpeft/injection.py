@@ -139,7 +139,8 @@ def _blocks_of(backbone: nn.Module) -> List[Block]:
     if not found:
         raise SiteError(
             f'{type(backbone).__name__} has no block mmpeft knows. '
-            f'Supported: {family_names()} blocks.')
+            f'Supported: {family_names()} blocks; those of your own join by '
+            'mmpeft.register_family.')
     hosts = {host for host, _ in found}
     if hosts != {''}:
         raise SiteError(

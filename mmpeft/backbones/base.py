@@ -8,7 +8,8 @@ from torch import Tensor
 from ..errors import SiteError
 from ..methods.side import TrunkBlock
 from ..registry import SITE_MAPS
-from ..sites import INPUT_SITES, PART_SITES, SITES, Site, TokenLayout
+from ..sites import (INPUT_SITES, PART_SITES, SITES, TOKEN_SITES, Site,
+                     TokenLayout)
 from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
 from .places import Block, Part
@@ -90,6 +91,8 @@ class SiteMap:
     @classmethod
     def close_attention(cls, block: nn.Module) -> None:
         """Undo :meth:`open_attention`."""
+        if set(TOKEN_SITES) <= set(cls.refused):
+            return
         module = cls.attention(block)
         if isinstance(module, JoinedAttention):
             module.forget()
