@@ -1,8 +1,8 @@
 """Vision Transformer blocks of mmpretrain: ViT, DeiT, MAE, DINOv2, CLIP."""
 import types
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -11,7 +11,8 @@ from ..registry import SITE_MAPS
 from ..stream import Stream
 from .base import Block, Part, SiteMap, TrunkBlock, class_path
 from .grid import layout_of, watch_stem
-from .prenorm import JoinedAttention, PreNormForward
+from .prenorm import PreNormForward
+from .sequence import JoinedSequence
 
 __all__ = ['ViTForward', 'ViTSites']
 
@@ -37,33 +38,17 @@ class ViTForward(PreNormForward):
         return self.ffn(normed)
 
 
-class JoinedMultiheadAttention(JoinedAttention):
+class JoinedMultiheadAttention(JoinedSequence):
     """The stock attention, with extra tokens before the others."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
-        joined, extra = self.take()
-        num_joined = joined.shape[1]
-        num_asked = num_joined if self.queries else 0
-        q, k, v = self.qkv(torch.cat([joined, x], dim=1)).chunk(3, dim=-1)
-        q = q[:, num_joined - num_asked:]
-        # (B or 1, p, C) -> (B, p, C), in autocast's precision
-        keys, values = (t.to(q.dtype).expand(len(q), -1, -1) for t in extra)
+        dropout = self.attn_drop if self.training else 0.
+        return self.attend(
+            x, partial(self.scaled_dot_product_attention, dropout_p=dropout))
 
-        def heads(t: Tensor) -> Tensor:
-            # (B, N, C) -> (B, heads, N, C / heads)
-            return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        out = self.scaled_dot_product_attention(
-            heads(q),
-            heads(torch.cat([keys, k], dim=1)),
-            heads(torch.cat([values, v], dim=1)),
-            dropout_p=self.attn_drop if self.training else 0.)
-        out = self.proj(out.transpose(1, 2).flatten(2))
-        out = self.out_drop(self.gamma1(self.proj_drop(out)))
-        if self.queries:
-            self.seen = out[:, :num_asked]
-        return out[:, num_asked:]
+    def finish(self, out: Tensor) -> Tensor:
+        return self.out_drop(self.gamma1(super().finish(out)))
 
 
 def format_output(self: nn.Module, x: Tensor, hw: tuple) -> Any:
