@@ -1,6 +1,6 @@
 """Fold attached modules into stock weights: exact, or refused."""
 from collections import OrderedDict
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -47,8 +47,8 @@ def merged_state_dict(model: nn.Module) -> 'OrderedDict[str, Tensor]':
                          'is; tools/test.py reads it.')
     merged = OrderedDict((k, v) for k, v in model.state_dict().items()
                          if '.peft.' not in f'.{k}')
-    for layer, modules in folds:
-        _fold(merged, layer, modules)
+    for path, modules in folds:
+        _fold(merged, path, model.get_submodule(path), modules)
     return merged
 
 
@@ -115,26 +115,52 @@ def _path_of(place: Union[Block, Part], site: str) -> Optional[str]:
     return None
 
 
-def _fold(state: Dict[str, Tensor], layer: str,
+def _fold(state: Dict[str, Tensor], path: str, layer: nn.Module,
           modules: List[PEFTModule]) -> None:
-    weight, bias = state[f'{layer}.weight'], state.get(f'{layer}.bias')
     for module in modules:
         for name, parameter in _own_weights(module):
             if not torch.isfinite(parameter).all():
                 raise MergeError(
-                    f'{layer}: {name} of {type(module).__name__} has values '
+                    f'{path}: {name} of {type(module).__name__} has values '
                     'that are not finite; the run diverged, take an earlier '
                     'checkpoint.')
-    new_weight, new_bias = weight.double(), _double(bias)
+    weight, names = state[f'{path}.weight'], _bias_names(path, layer)
+    bias = _join(state, names, len(weight))
+    new_weight, new_bias = weight.double(), bias
     with torch.no_grad():
         for module in modules:
             new_weight, new_bias = module.merge(new_weight, new_bias)
-    state[f'{layer}.weight'] = _rounded(layer, new_weight, weight)
-    if bias is not None:
-        state[f'{layer}.bias'] = _rounded(layer, new_bias, bias)
-    elif new_bias is not None:
-        raise MergeError(f'{layer} has no bias in the stock model to fold '
+    state[f'{path}.weight'] = _rounded(path, new_weight, weight)
+    if bias is None and new_bias is not None:
+        raise MergeError(f'{path} has no bias in the stock model to fold '
                          'one into.')
+    parts = () if bias is None else new_bias.chunk(len(names))
+    for name, part in zip(names, parts):
+        if name is not None:
+            state[name] = _rounded(path, part, state[name])
+        elif part.any() and not layer.keys_need_no_bias:
+            raise MergeError(f'{path} has no bias of the keys in the stock '
+                             'model to fold one into.')
+
+
+def _bias_names(path: str, layer: nn.Module) -> Tuple[Optional[str], ...]:
+    """Keys of the parts of a layer's bias; None where it has none."""
+    parts = getattr(layer, 'bias_parts', None)
+    if parts is None:
+        return (f'{path}.bias', )
+    attention = path.rpartition('.')[0]
+    return tuple(part and f'{attention}.{part}' for part in parts)
+
+
+def _join(state: Dict[str, Tensor], names: Sequence[Optional[str]],
+          rows: int) -> Optional[Tensor]:
+    """The bias in float64; None if there is none."""
+    parts = [state.get(name) for name in names]
+    found = next((p for p in parts if p is not None), None)
+    if found is None:
+        return None
+    zeros = found.new_zeros(rows // len(names))
+    return torch.cat([zeros if p is None else p for p in parts]).double()
 
 
 def _own_weights(module: PEFTModule) -> Iterator[Tuple[str, Tensor]]:
@@ -142,10 +168,6 @@ def _own_weights(module: PEFTModule) -> Iterator[Tuple[str, Tensor]]:
     yield from module.named_parameters()
     for owner in module._shared:
         yield from owner.named_parameters()
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return None if tensor is None else tensor.double()
 
 
 def _rounded(layer: str, value: Tensor, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class BitFit(Selector):
         self.rel_pos_tables = rel_pos_tables
 
     def selects(self, module: nn.Module, leaf: str) -> bool:
-        # in_proj_bias is the fused q, k, v bias of nn.MultiheadAttention.
-        if leaf in ('bias', 'in_proj_bias'):
+        # Fused in nn.MultiheadAttention; that of q and v may be apart.
+        if leaf in ('bias', 'in_proj_bias', 'q_bias', 'v_bias'):
             return True
         return self.rel_pos_tables and leaf == 'relative_position_bias_table'
