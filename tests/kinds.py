@@ -22,6 +22,8 @@ class Kind:
             in one.
         no_parts (tuple): Sites outside the blocks that it has none of.
         stem (str): Path of the stem's projection.
+        sizes (tuple): Two sizes of images that it takes, of which the first
+            is that of all other tests.
         init_by_layer (bool): Whether its ``init_cfg`` may be by layer type.
     """
 
@@ -33,6 +35,7 @@ class Kind:
     extra: int = 0
     no_parts: Tuple[str, ...] = ()
     stem: str = 'patch_embed.projection'
+    sizes: Tuple[Tuple[int, int], ...] = ((60, 44), (33, 50))
     init_by_layer: bool = True
 
     @property
@@ -115,5 +118,68 @@ KINDS = {
         grid=(8, 6),
         out_norms=('channel_reduction.3', ),
         dims={0: 16},
+        no_parts=('patch_norm', 'merge_norm')),
+    # Fixed in size by its relative positions, and without _format_output.
+    'beit':
+    Kind(
+        dict(
+            type='mmseg.BEiT',
+            img_size=(60, 44),
+            patch_size=8,
+            embed_dims=16,
+            num_layers=4,
+            num_heads=2,
+            out_indices=(1, 3),
+            final_norm=True,
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(7, 5),
+        out_norms=('ln1', ),
+        dims={0: 16},
+        extra=1,
+        no_parts=('patch_norm', 'merge_norm'),
+        sizes=((60, 44), (57, 46)),
+        init_by_layer=False),
+    'beit_mmpretrain':
+    Kind(
+        dict(
+            type='mmpretrain.BEiTViT',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=64),
+            img_size=(60, 44),
+            patch_size=8,
+            out_type='featmap',
+            out_indices=[1, 3],
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=(),
+        dims={0: 16},
+        extra=1,
+        no_parts=('patch_norm', 'merge_norm', 'out_norm'),
+        sizes=((60, 44), (57, 41))),
+    # Its blocks write the positions of the last image into buffers.
+    'eva02':
+    Kind(
+        dict(
+            type='mmpretrain.ViTEVA02',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=48),
+            img_size=(60, 44),
+            patch_size=8,
+            out_type='featmap',
+            out_indices=[1, 3],
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=('ln1', ),
+        dims={0: 16},
+        extra=1,
         no_parts=('patch_norm', 'merge_norm')),
 }
