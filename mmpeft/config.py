@@ -1,6 +1,7 @@
 """Read configs, and turn any of them into a PEFT config."""
 import copy
 import importlib
+import importlib.util
 import os.path as osp
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -8,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from mmengine.config import Config
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from .backbones.base import class_path, family_names
+from .backbones.base import family_names
 from .errors import MissingFileError, PEFTError
 from .plan import parse_methods
 from .registry import SITE_MAPS
@@ -18,13 +19,15 @@ __all__ = [
     'find_peft_backbones', 'method_title'
 ]
 
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'mmpeft')
+STOCK = ('mmdet', 'mmseg', 'mmpretrain')
+LIBRARIES = STOCK + ('mmpeft', )
 #: Arguments of ``PEFTBackbone`` itself; the rest belongs to the stock type.
 PEFT_ARGUMENTS = ('stock', 'method', 'freeze', 'allow_random_base',
                   'eval_frozen')
 
 
-def _configs_root(package: str) -> Path:
+def configs_root(package: str) -> Path:
+    """The folder of the configs that a package ships."""
     root = Path(importlib.import_module(package).__file__).parent
     # A wheel carries its configs in .mim, a checkout beside the package.
     for folder in (root / '.mim' / 'configs', root.parent / 'configs'):
@@ -41,7 +44,7 @@ def config_path(name: str) -> str:
     Under stock tools ``_base_ = 'mmpeft::...'`` is not known yet when bases
     are read; ``_base_ = __import__('mmpeft').config_path('...')`` is.
     """
-    return _existing(_configs_root('mmpeft') / name, name)
+    return _existing(configs_root('mmpeft') / name, name)
 
 
 def _existing(path: Path, name: str) -> str:
@@ -54,21 +57,39 @@ def _existing(path: Path, name: str) -> str:
 
 
 def load_config(name: str) -> Config:
-    """Load a config file, or a shipped one by name (``mmdet::swin/...``)."""
+    """Load a config file, or a shipped one by name (``mmdet::swin/...``).
+
+    A shipped config that names no scope, such as mmpretrain's backbones
+    without a head, gets that of its library.
+    """
     package, colons, relative = name.partition('::')
     if colons:
         if package not in LIBRARIES:
             raise PEFTError(f'{name!r}: configs come from one of '
                             f'{", ".join(LIBRARIES)}, not from {package!r}.')
         try:
-            root = _configs_root(package)
+            root = configs_root(package)
         except ImportError:
             raise PEFTError(f'{name!r}: {package} is not installed; install '
                             'it, or give the path of a config.') from None
         path = _existing(root / relative, name)
     else:
         path = _existing(Path(name), name)
-    return Config.fromfile(path)
+    cfg = Config.fromfile(path)
+    scope = package if colons else _library_of(Path(path))
+    if scope in STOCK and cfg.get('default_scope') is None:
+        cfg.default_scope = scope
+    return cfg
+
+
+def _library_of(path: Path) -> Optional[str]:
+    """The library that ships a config."""
+    for package in STOCK:
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).resolve().parent if spec else None
+        if root in path.resolve().parents:
+            return package
+    return None
 
 
 def add_method(cfg: Config,
@@ -121,18 +142,14 @@ def _same_type(hook: dict, other: dict) -> bool:
 def find_backbones(cfg: Config) -> Dict[str, dict]:
     """Supported backbones anywhere in ``cfg.model``, by path."""
     SITE_MAPS.import_from_location()
-    supported = {
-        path
-        for family in SITE_MAPS.module_dict.values()
-        for path in family.backbone_types
-    }
+    families = SITE_MAPS.module_dict.values()
     found = {}
-    for path, node in _nodes(cfg.get('model'), 'model'):
+    for path, node in nodes(cfg.get('model'), 'model'):
         cls = node['type']
         if isinstance(cls, str) and not _is_peft(node):
             cls = _resolve(_scoped(cfg, node))
-        paths = {class_path(c) for c in getattr(cls, '__mro__', ())}
-        if _is_peft(node) or paths & supported:
+        if _is_peft(node) or isinstance(cls, type) and any(
+                f.recognises(cls, node) for f in families):
             found[path] = node
     return found
 
@@ -149,7 +166,7 @@ def _resolve(name: str) -> Optional[type]:
 
 def find_peft_backbones(cfg: Config) -> Dict[str, dict]:
     """PEFT backbones in ``cfg.model``, by path."""
-    return {p: n for p, n in _nodes(cfg.get('model'), 'model') if _is_peft(n)}
+    return {p: n for p, n in nodes(cfg.get('model'), 'model') if _is_peft(n)}
 
 
 def method_title(cfg: Config) -> str:
@@ -167,7 +184,7 @@ def _is_peft(node: dict) -> bool:
     return name.rsplit('.', 1)[-1] == 'PEFTBackbone'
 
 
-def _nodes(value: Any, path: str):
+def nodes(value: Any, path: str):
     """Every dict with a type, depth first."""
     if isinstance(value, dict):
         if 'type' in value:
@@ -178,7 +195,7 @@ def _nodes(value: Any, path: str):
     else:
         return
     for key, child in children:
-        yield from _nodes(child, f'{path}.{key}')
+        yield from nodes(child, f'{path}.{key}')
 
 
 def _scoped(cfg: Config, node: dict) -> Any:
@@ -198,7 +215,9 @@ def _which(cfg: Config, found: List[str]) -> str:
         return (f'{len(found)} supported backbones are in this config, at '
                 f'{", ".join(found)}; choose one with --at.')
     backbone = (cfg.get('model') or {}).get('backbone') or {}
-    there = f' (model.backbone is {backbone["type"]!r})' \
-        if 'type' in backbone else ''
+    # TIMMBackbone stands for any model of timm.
+    kind = ' of '.join(
+        repr(backbone[k]) for k in ('type', 'model_name') if k in backbone)
+    there = f' (model.backbone is {kind})' if kind else ''
     return (f'No supported backbone in {osp.basename(cfg.filename or "")!r}'
             f'{there}. Supported families: {family_names()}.')

@@ -14,15 +14,11 @@ from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
 from .places import Block, Part
 from .prenorm import JoinedAttention
+from .recognise import class_path, makes_other_blocks
 
 __all__ = [
     'Block', 'Part', 'SiteMap', 'class_path', 'family_names', 'find_family'
 ]
-
-
-def class_path(cls: type) -> str:
-    """Full path of a class; what families are told apart by."""
-    return f'{cls.__module__}.{cls.__qualname__}'
 
 
 class SiteMap:
@@ -51,6 +47,22 @@ class SiteMap:
     mixin: type = object
     #: The same for the attention, where tokens can join it.
     attention_mixin: type = JoinedAttention
+
+    @classmethod
+    def recognises(cls, backbone: type, cfg: dict) -> bool:
+        """Whether a config of such a backbone is of this family, as far as
+        can be told without building it.
+
+        Args:
+            backbone (type): The stock class.
+            cfg (dict): Its arguments.
+        """
+        for base in backbone.__mro__:
+            if class_path(base) in cls.backbone_types:
+                return True
+            if makes_other_blocks(base, cls.block_pattern, cls.block_types):
+                return False
+        return False
 
     @classmethod
     def hosts(cls, module: nn.Module) -> bool:
