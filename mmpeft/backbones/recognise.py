@@ -38,8 +38,12 @@ def _named(cls: type, depth: int = 4) -> Iterator[type]:
     init = vars(cls).get('__init__')
     if not depth or not isinstance(init, FunctionType):
         return
+    scopes = [init.__globals__]
     for name in _names(init.__code__):
-        named = init.__globals__.get(name)
+        named = next((s[name] for s in scopes if name in s), None)
+        if inspect.ismodule(named):
+            # vit.Block: what is behind the point comes next.
+            scopes.append(vars(named))
         # Its own bases are named for `super`.
         if inspect.isclass(named) and issubclass(named, nn.Module) \
                 and named not in cls.__mro__:
