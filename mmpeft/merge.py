@@ -12,7 +12,7 @@ from .injection import eject
 from .methods.base import PEFTModule
 from .methods.side import SideNetwork
 from .sites import INPUT_SITES
-from .state import PEFTState
+from .state import PEFTState, load_whole
 
 __all__ = ['merge', 'merged_state_dict']
 
@@ -64,7 +64,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged = merged_state_dict(model)
     for host in _places(model):
         eject(model.get_submodule(host))
-    model.load_state_dict(merged, strict=True)
+    load_whole(model, merged)
     return model
 
 

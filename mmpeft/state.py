@@ -4,6 +4,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import PEFTError
@@ -11,7 +12,7 @@ from .key_styles import hint
 from .methods.base import PEFTModule
 from .stream import Stream, begin, end
 
-__all__ = ['PEFTState', 'guard', 'attached_modules']
+__all__ = ['PEFTState', 'guard', 'attached_modules', 'load_whole']
 
 
 class PEFTState(nn.Module):
@@ -57,6 +58,23 @@ class PEFTState(nn.Module):
             handle.remove()
         for name in ('init_weights', 'train'):
             backbone.__dict__.pop(name, None)
+
+
+def load_whole(model: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Load a state dict that holds every tensor of a model.
+
+    A strict load would miss what the stock model itself takes out while it
+    loads, as the positions of mmpretrain's Swin V2, which it makes anew.
+
+    Raises:
+        RuntimeError: If a tensor is missing, left over, or of another shape.
+    """
+    found = model.load_state_dict(state, strict=False)
+    missing = [k for k in found.missing_keys if k not in state]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f'{type(model).__name__}: missing keys {missing}, unexpected keys '
+            f'{found.unexpected_keys}.')
 
 
 def attached_modules(module: nn.Module) -> List[PEFTModule]:

@@ -25,6 +25,7 @@ class Kind:
         sizes (tuple): Two sizes of images that it takes, of which the first
             is that of all other tests.
         init_by_layer (bool): Whether its ``init_cfg`` may be by layer type.
+        post_norm (bool): Whether its norms end the branches.
     """
 
     cfg: dict
@@ -37,6 +38,7 @@ class Kind:
     stem: str = 'patch_embed.projection'
     sizes: Tuple[Tuple[int, int], ...] = ((60, 44), (33, 50))
     init_by_layer: bool = True
+    post_norm: bool = False
 
     @property
     def library(self) -> str:
@@ -96,6 +98,30 @@ KINDS = {
         dims={0: 16},
         extra=1,
         no_parts=('patch_norm', 'merge_norm')),
+    # Norms behind the branches, one more behind every second block, and
+    # windows of two sizes.
+    'swin_v2':
+    Kind(
+        dict(
+            type='mmpretrain.SwinTransformerV2',
+            arch=dict(
+                embed_dims=16,
+                depths=[2, 2],
+                num_heads=[2, 4],
+                extra_norm_every_n_blocks=2),
+            img_size=48,
+            window_size=[7, 4],
+            pad_small_map=True,
+            out_indices=(0, 1),
+            drop_path_rate=.2),
+        patch_size=4,
+        grid=(15, 11),
+        out_norms=('norm0', 'norm1'),
+        dims={
+            0: 16,
+            1: 32
+        },
+        post_norm=True),
     # Maps of channels last, windows that do not divide them, one global
     # block, and a neck.
     'vit_sam':

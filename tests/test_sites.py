@@ -167,10 +167,14 @@ def test_what_sites_see(kind, image):
                 assert x is y
         for name in {'qkv', 'proj', 'fc1', 'fc2'} & set(seen):
             assert torch.equal(seen[name][0], seen[f'{name}_input'][1])
-        assert torch.equal(seen['attn_parallel'][0], seen['norm1'][1])
-        assert torch.equal(seen['ffn_parallel'][0], seen['norm2'][1])
-        for branch in ('attn', 'ffn'):
+        for branch, norm in (('attn', 'norm1'), ('ffn', 'norm2')):
             stream = seen[f'{branch}_shortcut'][0]
+            x, y, _ = seen[f'{branch}_parallel']
+            if facts.post_norm:
+                assert torch.equal(x, stream)
+                assert torch.equal(y, seen[norm][1])
+            else:
+                assert torch.equal(x, seen[norm][1])
             for what in ('branch', 'add', 'residual'):
                 assert torch.equal(seen[f'{branch}_{what}'][0], stream)
             total = stream + seen[f'{branch}_add'][1]

@@ -45,7 +45,8 @@ class PreNormForward:
         run = self.peft.run
         shortcut = run('attn_shortcut', x, x, layout)
         normed = self.norm1(x)
-        branch, seen = self._attend(normed, tokens, layout, *args)
+        joined = None if tokens is None else self.norm1(tokens)
+        branch, seen = self._attend(normed, joined, layout, *args)
         branch = run('attn_parallel', normed, branch, layout)
         branch = run('attn_branch', x, branch, layout)
         branch, seen = self._drop(self.attn_drop_path, branch, seen)
@@ -76,14 +77,17 @@ class PreNormForward:
         both = drop_path(torch.cat([seen, branch], dim=1))
         return both[:, seen.shape[1]:], both[:, :seen.shape[1]]
 
-    def _attend(self, normed: Tensor, tokens: Optional[Tensor],
+    def _attend(self, normed: Tensor, joined: Optional[Tensor],
                 layout: TokenLayout, *args: Any) -> Tuple:
-        """Attention branch, and what the tokens that go on have seen."""
+        """Attention branch, and what the tokens that go on have seen.
+
+        Both come in as the attention gets them.
+        """
         peft = self.peft
         if not peft.has(*TOKEN_SITES):
             return self.run_attention(normed, *args), None
         empty = normed.new_zeros(normed.shape[0], 0, normed.shape[-1])
-        joined = empty if tokens is None else self.norm1(tokens)
+        joined = empty if joined is None else joined
         attention = self.joined_attention
         attention.queries = peft.carries
         attention.joined = peft.run('attn_tokens', normed, joined, layout)
@@ -91,7 +95,7 @@ class PreNormForward:
                                    layout)
         branch = self.run_attention(normed, *args)
         seen, attention.seen = attention.seen, None
-        return branch, None if seen is None else seen[:, :tokens.shape[1]]
+        return branch, None if seen is None else seen[:, :joined.shape[1]]
 
 
 class JoinedAttention:

@@ -116,11 +116,11 @@ class SwinSites(SiteMap):
         stem, last = backbone.patch_embed, max(backbone.out_indices)
         parts = [('patch_embed', 'patch_embed.projection', 0, stem.projection),
                  ('patch_norm', 'patch_embed.norm', 0, stem.norm)]
-        for stage, merging in cls.mergings(backbone).items():
+        for stage, path in cls.merging_paths(backbone).items():
             if stage <= last:
-                parts.append(
-                    ('merge_norm', f'stages.{stage - 1}.downsample.norm',
-                     stage - 1, merging.norm))
+                norm = backbone.get_submodule(path).norm
+                home = int(path.split('.')[1])
+                parts.append(('merge_norm', f'{path}.norm', home, norm))
         for stage, path in cls.outputs(backbone).items():
             parts.append(('out_norm', path, stage, getattr(backbone, path)))
         return [
@@ -150,11 +150,19 @@ class SwinSites(SiteMap):
         return None
 
     @classmethod
-    def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
+    def merging_paths(cls, backbone: nn.Module) -> Dict[int, str]:
+        """By stage, the path of the patch merging that leads into it."""
         return {
-            i + 1: stage.downsample
+            i + 1: f'stages.{i}.downsample'
             for i, stage in enumerate(backbone.stages)
             if stage.downsample is not None
+        }
+
+    @classmethod
+    def mergings(cls, backbone: nn.Module) -> Dict[int, nn.Module]:
+        return {
+            stage: backbone.get_submodule(path)
+            for stage, path in cls.merging_paths(backbone).items()
         }
 
     @classmethod
@@ -164,11 +172,14 @@ class SwinSites(SiteMap):
 
     @classmethod
     def merge_tokens(cls, merging: nn.Module, tokens: Tensor) -> Tensor:
-        # A token takes the place of all four neighbours; the channels of the
-        # stock layer's unfolded map are ordered with the neighbours last.
-        tokens = tokens.repeat_interleave(4, dim=-1)
-        tokens = merging.norm(tokens) if merging.norm else tokens
-        return merging.reduction(tokens)
+        # A token takes the place of all neighbours (four); the channels of
+        # the stock layer's unfolded map are ordered with these last.
+        count = merging.reduction.in_features // tokens.shape[-1]
+        tokens = tokens.repeat_interleave(count, dim=-1)
+        norm = merging.norm or nn.Identity()
+        if getattr(merging, 'use_post_norm', False):
+            return norm(merging.reduction(tokens))
+        return merging.reduction(norm(tokens))
 
     @classmethod
     def outputs(cls, backbone: nn.Module) -> Dict[int, str]:
@@ -180,10 +191,12 @@ class SwinSites(SiteMap):
         # nothing there gets a gradient.
         last = max(backbone.out_indices)
         stages = range(last + 1, len(backbone.stages))
-        downsample = [f'stages.{last}.downsample']
+        kept = last
         if getattr(backbone, 'out_after_downsample', False):
-            downsample = []
-        return [f'stages.{i}' for i in stages] + downsample
+            kept += 1
+        mergings = cls.merging_paths(backbone)
+        return [f'stages.{i}' for i in stages
+                ] + [path for stage, path in mergings.items() if stage > kept]
 
     @classmethod
     def final_norm(cls, backbone: nn.Module) -> str:
