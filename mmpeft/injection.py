@@ -107,8 +107,10 @@ def inject(backbone: nn.Module,
         eval_frozen=eval_frozen,
         gridless=build.gridless,
         stream=build.stream)
+    alone = blocks[0].family.left_alone(backbone)
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad = name in trained and name not in frozen
+        if not _below(name, alone):
+            parameter.requires_grad = name in trained and name not in frozen
     attach(backbone, state, build)
     backbone.peft = state
     guard(backbone)
@@ -138,7 +140,7 @@ def _blocks_of(backbone: nn.Module) -> List[Block]:
     found = find_family(backbone)
     if not found:
         raise SiteError(
-            f'{type(backbone).__name__} has no block mmpeft knows. '
+            f'{_title(backbone)} has no block mmpeft knows. '
             f'Supported: {family_names()} blocks; those of your own join by '
             'mmpeft.register_family.')
     hosts = {host for host, _ in found}
@@ -147,6 +149,13 @@ def _blocks_of(backbone: nn.Module) -> List[Block]:
             f'{type(backbone).__name__} is not the backbone itself: its '
             f'blocks are below {", ".join(sorted(hosts))}.')
     return [block for _, block in found]
+
+
+def _title(backbone: nn.Module) -> str:
+    """Class of a backbone, and the name of the timm model in it."""
+    model = getattr(backbone, 'timm_model', backbone)
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    return type(backbone).__name__ + (f' of {name!r}' if name else '')
 
 
 def _below(name: str, roots: Sequence[str]) -> bool:

@@ -109,7 +109,9 @@ def library(request):
 @pytest.fixture(params=KINDS)
 def kind(request):
     """Each kind of backbone, where its library is installed."""
-    pytest.importorskip(KINDS[request.param].library)
+    facts = KINDS[request.param]
+    for package in (facts.library, *facts.packages):
+        pytest.importorskip(package)
     return request.param
 
 

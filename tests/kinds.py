@@ -26,6 +26,7 @@ class Kind:
             is that of all other tests.
         init_by_layer (bool): Whether its ``init_cfg`` may be by layer type.
         post_norm (bool): Whether its norms end the branches.
+        packages (tuple): What must be installed beside its library.
     """
 
     cfg: dict
@@ -39,6 +40,7 @@ class Kind:
     sizes: Tuple[Tuple[int, int], ...] = ((60, 44), (33, 50))
     init_by_layer: bool = True
     post_norm: bool = False
+    packages: Tuple[str, ...] = ()
 
     @property
     def library(self) -> str:
@@ -208,4 +210,55 @@ KINDS = {
         dims={0: 16},
         extra=1,
         no_parts=('patch_norm', 'merge_norm')),
+    # Features of timm: class and register tokens, LayerScale, no norm, and a
+    # stem that fills up the image.
+    'timm_vit':
+    Kind(
+        dict(
+            type='mmpretrain.TIMMBackbone',
+            model_name='vit_tiny_patch16_224',
+            features_only=True,
+            img_size=48,
+            patch_size=8,
+            embed_dim=16,
+            depth=4,
+            num_heads=2,
+            reg_tokens=2,
+            init_values=.5,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
+            out_indices=(1, 3),
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=(),
+        dims={0: 16},
+        extra=3,
+        no_parts=('patch_norm', 'merge_norm', 'out_norm'),
+        stem='timm_model.model.patch_embed.proj',
+        packages=('timm', )),
+    # Maps of channels last; patch merging at the start of a stage.
+    'timm_swin':
+    Kind(
+        dict(
+            type='mmseg.TIMMBackbone',
+            model_name='swin_tiny_patch4_window7_224',
+            pretrained=False,
+            img_size=112,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(2, 4),
+            dynamic_img_size=True,
+            drop_path_rate=.2),
+        patch_size=4,
+        grid=(15, 11),
+        out_norms=(),
+        dims={
+            0: 16,
+            1: 32
+        },
+        no_parts=('out_norm', ),
+        stem='timm_model.patch_embed.proj',
+        sizes=((60, 44), (36, 52)),
+        packages=('timm', )),
 }

@@ -4,13 +4,13 @@ import io
 
 import pytest
 import torch
-import torch.nn as nn
 from conftest import (METHODS, build_pair, family_of, method_of, peft_cfg,
                       perturb, stock_cfg)
 from kinds import KINDS
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
+from mmpeft.backbones.attached import BlockPEFT
 from mmpeft.engine.listing import refusal
 from mmpeft.errors import MergeError, SiteError
 from mmpeft.injection import eject
@@ -143,9 +143,10 @@ def test_declared_parameters_get_gradients(name, kind, image):
     optimizer = torch.optim.SGD(peft.parameters(), lr=.1)
     before = {n: p.clone() for n, p in peft.named_parameters()}
     seen = set()
-    for _ in range(2):
+    # Drop-path is drawn anew: it may leave a branch out of a whole batch.
+    for seed in (4, 5):
         optimizer.zero_grad()
-        loss_of(peft, image).backward()
+        loss_of(peft, image, seed).backward()
         seen |= {
             n
             for n, p in peft.named_parameters()
@@ -277,7 +278,7 @@ def test_eject_gives_back_stock(name, kind, image):
     assert equal(outputs(peft, image), outputs(stock, image))
     assert [type(m) for m in peft.modules()
             ] == [type(m) for m in MODELS.build(stock_cfg(kind)).modules()]
-    assert not any(isinstance(m, nn.ModuleDict) for m in peft.modules())
+    assert not any(isinstance(m, BlockPEFT) for m in peft.modules())
 
 
 def test_eject_after_two_methods(kind, image):

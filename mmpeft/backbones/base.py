@@ -71,6 +71,28 @@ class SiteMap:
         return True
 
     @classmethod
+    def locate(cls, root: nn.Module,
+               path: str) -> Optional[Tuple[str, str, int]]:
+        """Where a block below ``root`` is.
+
+        Returns:
+            tuple, optional: Path of its backbone, path and number of its
+            stage in there. None if it is not in a backbone of this family.
+        """
+        match = re.fullmatch(cls.block_pattern, path)
+        host = (match['host'] or '') if match else ''
+        if match is None or not cls.hosts(root.get_submodule(host)):
+            return None
+        return host, match['stage_path'], int(match.groupdict().get('stage')
+                                              or 0)
+
+    @classmethod
+    def left_alone(cls, backbone: nn.Module) -> List[str]:
+        """Paths of what is in the backbone's module but no part of it, such
+        as a head; it is neither frozen nor counted."""
+        return []
+
+    @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
         """The stock submodules that are sites, by site name."""
         raise NotImplementedError
@@ -255,22 +277,21 @@ class SiteMap:
             stock = getattr(type(module), 'stock_class', type(module))
             if class_path(stock) not in cls.block_types:
                 continue
-            match = re.fullmatch(cls.block_pattern, path)
-            host = (match['host'] or '') if match else ''
-            if match is None or not cls.hosts(root.get_submodule(host)):
+            place = cls.locate(root, path)
+            if place is None:
                 if cls.roams:
                     continue
                 raise SiteError(
                     f'A {stock.__name__} sits at {path!r}, where '
                     f'{cls.__name__} does not expect one; pass the backbone '
                     'itself.')
+            host, stage_path, stage = place
             inner = path[len(host) + 1:] if host else path
             index = sum(h == host for h, _ in found)
             backbone = root.get_submodule(host)
-            stage = int(match.groupdict().get('stage') or 0)
             found.append((host,
-                          Block(inner, index, stage, match['stage_path'],
-                                module, backbone, cls)))
+                          Block(inner, index, stage, stage_path, module,
+                                backbone, cls)))
         return found
 
     @classmethod

@@ -1,5 +1,5 @@
 """Tell blocks the shape of the map, where the stock backbone does not."""
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple, Type
 
 import torch.nn as nn
 from torch import Tensor
@@ -47,20 +47,22 @@ def layout_of(peft: BlockPEFT, x: Tensor) -> TokenLayout:
             if getattr(module, 'needs_grid', False):
                 raise SiteError(
                     f'{type(module).__name__} needs the whole grid of tokens, '
-                    f'but {x.shape[1]} tokens entered its block, as in '
-                    'pre-training on masked images; choose a method that '
+                    f'but {x.shape[1]} tokens entered its block, as with '
+                    'masked images or patch dropout; choose a method that '
                     'reads single tokens.')
     return layout
 
 
-def watch_stem(stem: nn.Module, num_extra_tokens: int,
-               blocks: Sequence[nn.Module]) -> list:
+def watch_stem(stem: nn.Module,
+               num_extra_tokens: int,
+               blocks: Sequence[nn.Module],
+               grid_type: Type[Grid] = Grid) -> list:
     """Have a stem tell blocks the grid; returns the handles of its hooks.
 
     The hook is a bound method, which follows a deep copy, and the blocks of
     the copy get the copy's grid.
     """
-    grid = Grid(num_extra_tokens)
+    grid = grid_type(num_extra_tokens)
     for block in blocks:
         block.peft.grid = grid
     return [stem.register_forward_hook(grid.note)]
