@@ -40,15 +40,15 @@ def _named(cls: type, depth: int = 4) -> Iterator[type]:
         return
     scopes = [init.__globals__]
     for name in _names(init.__code__):
-        named = next((s[name] for s in scopes if name in s), None)
-        if inspect.ismodule(named):
-            # vit.Block: what is behind the point comes next.
-            scopes.append(vars(named))
-        # Its own bases are named for `super`.
-        if inspect.isclass(named) and issubclass(named, nn.Module) \
-                and named not in cls.__mro__:
-            yield named
-            yield from _named(named, depth - 1)
+        for named in [s[name] for s in scopes if name in s]:
+            if inspect.ismodule(named):
+                # vit.Block: what is behind the point comes next.
+                scopes.append(vars(named))
+            # Its own bases are named for `super`.
+            elif inspect.isclass(named) and issubclass(named, nn.Module) \
+                    and named not in cls.__mro__:
+                yield named
+                yield from _named(named, depth - 1)
 
 
 def _names(code: CodeType) -> Iterator[str]:
