@@ -1,5 +1,5 @@
 """BEiT blocks of mmpretrain and mmseg, and those of mmseg's MAE."""
-from typing import Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,8 +40,13 @@ class BEiTForward(PreNormForward):
         return self.peft.call(self._forward, x, layout, self.with_cp, *bias)
 
     def run_attention(self, normed: Tensor, *bias: Tensor) -> Tensor:
-        branch = self.attn(normed, *bias)
-        return branch if self.gamma_1 is None else self.gamma_1 * branch
+        return self.attn(normed, *bias)
+
+    def _attend(self, *args: Any) -> Tuple:
+        both = super()._attend(*args)
+        if self.gamma_1 is None:
+            return both
+        return tuple(t if t is None else self.gamma_1 * t for t in both)
 
     def run_mlp(self, normed: Tensor) -> Tensor:
         branch = self.ffn(normed)

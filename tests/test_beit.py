@@ -1,0 +1,482 @@
+"""What is particular to BEiT, in all the backbones that have its blocks."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import perturb
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from test_vit import ALL_SITES, Sum, blocks_of, classifier, equal
+
+from mmpeft.backbones import find_family
+from mmpeft.config import add_method, find_backbones
+from mmpeft.errors import MergeError, SiteError
+from mmpeft.injection import eject, inject
+from mmpeft.merge import merged_state_dict
+
+pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
+
+ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
+CLASSIFY = dict(
+    type='mmpretrain.BEiTViT',
+    arch=ARCH,
+    img_size=32,
+    patch_size=8,
+    out_type='featmap',
+    drop_path_rate=.2)
+SEGMENT = dict(
+    type='mmseg.BEiT',
+    img_size=32,
+    patch_size=8,
+    embed_dims=16,
+    num_layers=3,
+    num_heads=2,
+    drop_path_rate=.2)
+ABSOLUTE = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
+VARIANTS = {
+    '':
+    dict(),
+    'average':
+    dict(out_type='avg_featmap', out_indices=[0, 2]),
+    'class token':
+    dict(out_type='cls_token', final_norm=True),
+    'shared':
+    dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
+    'absolute':
+    dict(bias=True, **ABSOLUTE),
+    'bare':
+    dict(
+        bias=False, layer_scale_init_value=0, with_cls_token=False,
+        **ABSOLUTE),
+    'pre-training':
+    dict(type='mmpretrain.BEiTPretrainViT'),
+    'CAE':
+    dict(type='mmpretrain.CAEPretrainViT', layer_scale_init_value=.1),
+    'mmseg':
+    dict(SEGMENT, out_indices=(0, 2)),
+    'mmseg, norm':
+    dict(SEGMENT, out_indices=(1, 2), final_norm=True, qv_bias=False),
+    'mmseg, not the last':
+    dict(SEGMENT, out_indices=(0, 1), final_norm=True),
+    'MAE':
+    dict(SEGMENT, type='mmseg.MAE'),
+}
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Stock parts are built in the scope of a run, which other tests leave
+    behind."""
+    init_default_scope('mmpretrain')
+
+
+def cfg_of(variant, **kwargs):
+    """Anew: the stock constructor counts negative outputs in place."""
+    cfg = copy.deepcopy(VARIANTS[variant])
+    base = {} if cfg.get('type', '').startswith('mmseg') else CLASSIFY
+    return {**base, **cfg, **kwargs}
+
+
+def stock_of(variant, **kwargs):
+    torch.manual_seed(0)
+    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
+
+
+def peft_of(variant, method, **kwargs):
+    stock = stock_of(variant, **kwargs)
+    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
+
+
+def run(backbone, image, seed=3):
+    torch.manual_seed(seed)
+    masked = 'Pretrain' in type(backbone).__name__
+    return list(backbone(image, None) if masked else backbone(image))
+
+
+@pytest.fixture
+def image():
+    torch.manual_seed(2)
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_stock_forward(variant, image):
+    """Bit-equal with nothing attached, gradients of both biases included."""
+    stock = stock_of(variant)
+    bare = copy.deepcopy(stock)
+    for block in blocks_of(bare):
+        block.family.swap(block.module)
+    assert list(bare.state_dict()) == list(stock.state_dict())
+    grads = []
+    assert equal(run(stock, image), run(bare, image))
+    for backbone in (stock, bare):
+        sum((o**2).mean() for o in run(backbone, image)).backward()
+        grads.append([p.grad for p in backbone.parameters()])
+    for a, b in zip(*grads):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+    eject(bare)
+    assert equal(run(stock, image), run(bare, image))
+    assert [type(m)
+            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    assert [vars(b.module.attn).keys() for b in blocks_of(bare)
+            ] == [vars(b.module.attn).keys() for b in blocks_of(stock)]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_methods(variant, image):
+    """Gradients of what is declared, copies, taking off."""
+    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
+    expected = run(peft, image)
+    assert not any(
+        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
+    twin = copy.deepcopy(peft)
+    assert equal(run(twin, image), expected)
+    perturb(peft).eval()
+    sum((o**2).mean() for o in run(peft, image)).backward()
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().sum() > 0, name
+    assert equal(run(twin, image), expected)
+    peft.train()
+    eject(peft)
+    assert list(peft.state_dict()) == list(stock.state_dict())
+    assert equal(run(peft, image), run(stock, image))
+
+
+# ------------------------------------------------------------ the two biases
+@pytest.mark.parametrize('variant', ['', 'mmseg'])
+def test_what_the_projection_returns(variant, image):
+    """Its site sees the bias, which is none of its parameters."""
+    stock, peft = peft_of(variant, 'LoRA:rank=2')
+    attn, seen = peft.layers[1].attn, []
+    attn.qkv.register_forward_hook(lambda m, args, y: seen.append(
+        (args[0], y)))
+    run(peft, image)
+    (x, y), = seen
+    bias = torch.cat([attn.q_bias, torch.zeros(16), attn.v_bias])
+    assert bias.abs().sum() > 0
+    assert torch.equal(y, F.linear(x, attn.qkv.weight, bias))
+    assert 'bias' not in dict(attn.qkv.named_parameters())
+
+
+@pytest.mark.parametrize('variant', ['', 'shared', 'mmseg'])
+@pytest.mark.parametrize('method', ['SSF', 'RepAdapter:dim=4', 'IA3'])
+def test_merge_into_two_biases(variant, method, image):
+    """What the keys are shifted by, softmax takes away again."""
+    stock, peft = peft_of(variant, method)
+    perturb(peft).eval(), stock.eval()
+    if method == 'SSF':
+        for layer in peft.layers:
+            layer.peft.ssf.qkv.shift.data[16:32] += 2
+    merged = merged_state_dict(peft)
+    stock.load_state_dict(merged, strict=True)
+    for a, b in zip(run(stock, image), run(peft, image)):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    attn = peft.layers[0].attn
+    assert not torch.equal(merged['layers.0.attn.v_bias'], attn.v_bias)
+    if method == 'SSF':
+        ssf = peft.layers[0].peft.ssf.qkv
+        q_bias = attn.q_bias * ssf.scale[:16] + ssf.shift[:16]
+        assert torch.allclose(merged['layers.0.attn.q_bias'], q_bias)
+
+
+def test_keys_that_need_a_bias(image):
+    """Where the softmax is of something else, the merge is refused."""
+    _, peft = peft_of('', 'SSF')
+    peft.layers[0].attn.qkv.keys_need_no_bias = False
+    with pytest.raises(MergeError, match='no bias of the keys in the stock'):
+        merged_state_dict(peft)
+
+
+@pytest.mark.parametrize('variant', ['bare', 'mmseg, norm'])
+def test_no_bias_at_all(variant, image):
+    _, peft = peft_of(variant, 'SSF')
+    with pytest.raises(MergeError, match='qkv has no bias in the stock'):
+        merged_state_dict(peft)
+    stock, peft = peft_of(variant, 'LoRA:rank=2+IA3')
+    perturb(peft).eval(), stock.eval()
+    stock.load_state_dict(merged_state_dict(peft), strict=True)
+    for a, b in zip(run(stock, image), run(peft, image)):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_bitfit(image):
+    _, peft = peft_of('', 'BitFit')
+    trained = {n for n, p in peft.named_parameters() if p.requires_grad}
+    for leaf in ('q_bias', 'v_bias', 'relative_position_bias_table'):
+        assert f'layers.1.attn.{leaf}' in trained
+    sum((o**2).mean() for o in run(peft, image)).backward()
+    assert all(p.grad is not None for p in peft.parameters()
+               if p.requires_grad)
+
+
+# ---------------------------------------------------------------- prompts
+@pytest.mark.parametrize('method', ['VPTShallow', 'VPTDeep'])
+def test_prompts_are_tokens_without_a_bias(method, image):
+    """[prompts, class, patches] through stock blocks, which take the bias
+    of all tokens from outside."""
+    stock, peft = peft_of('shared', f'{method}:num_tokens=3')
+    stock.eval(), peft.eval()
+    entered = []
+    handle = stock.layers[0].register_forward_pre_hook(
+        lambda m, args: entered.append(args[0]))
+    run(stock, image)
+    handle.remove()
+    x, = entered
+    bias = F.pad(stock.rel_pos_bias(), (3, 0, 3, 0))
+    for i, layer in enumerate(stock.layers):
+        if method == 'VPTDeep':
+            prompts = peft.layers[i].peft['vpt_deep']['tokens'].prompts.weight
+        else:
+            prompts = peft.peft.vpt_shallow.weight
+        if not i or method == 'VPTDeep':
+            x = x[:, 3:] if i else x
+            x = torch.cat([prompts.expand(2, -1, -1), x], dim=1)
+        x = layer(x, bias)
+    out = run(peft, image)[0].flatten(2).transpose(1, 2)
+    assert (out - x[:, 4:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('method', ALL_SITES[1:3] + ALL_SITES[-1:])
+def test_own_tables_are_as_a_shared_one(method, image):
+    _, own = peft_of('', method)
+    _, shared = peft_of('shared', method)
+    state = own.state_dict()
+    table = state['layers.0.attn.relative_position_bias_table']
+    for key in state:
+        if 'relative_position_bias_table' in key:
+            state[key] = table
+    own.load_state_dict(state)
+    state = {k: v for k, v in state.items() if 'relative_position' not in k}
+    state['rel_pos_bias.relative_position_bias_table'] = table
+    assert not shared.load_state_dict(state, strict=False).unexpected_keys
+    own.eval(), shared.eval()
+    for a, b in zip(run(own, image), run(shared, image)):
+        assert (a - b).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------- grid
+def test_grid_methods_skip_the_last_block_of_a_class_token(image):
+    _, peft = peft_of('class token', 'Mona:dim=4')
+    assert peft.peft.gridless == {'mona': ['layers.2']}
+    for variant in ('', 'average', 'pre-training', 'mmseg', 'MAE'):
+        assert peft_of(variant, 'Mona:dim=4')[1].peft.gridless == {}
+
+
+def test_masked_images(image):
+    """BEiT puts a token in the place of a masked patch, CAE drops it."""
+    mask = torch.zeros(2, 4, 4)
+    mask[:, 1:3] = 1
+    _, peft = peft_of('pre-training', 'Mona:dim=4+LoRA:rank=2')
+    assert peft(image, mask)[0].shape == (2, 17, 16)
+    mask = mask.flatten(1).bool()
+    _, peft = peft_of('CAE', 'LoRA:rank=2+VPTDeep:num_tokens=2')
+    assert peft(image, mask).shape == (2, 9, 16)
+    _, peft = peft_of('CAE', 'Mona:dim=4')
+    with pytest.raises(SiteError, match='needs the whole grid.*9 tokens'):
+        peft(image, mask)
+
+
+def test_other_sizes_of_images():
+    """Without relative positions any size will do."""
+    _, peft = peft_of('absolute', 'Mona:dim=4+VPTDeep:num_tokens=2')
+    assert run(peft, torch.randn(1, 3, 40, 21))[0].shape == (1, 16, 5, 3)
+
+
+# ---------------------------------------------------------------- outputs
+def test_blocks_behind_the_last_output(image):
+    for method in ('Mona:dim=4', 'LNTune', 'BitFit', 'SSF', 'LST:reduction=4'):
+        _, peft = peft_of('mmseg, not the last', method)
+        assert peft.peft.skipped == ['layers.2']
+        sum((o**2).mean() for o in run(peft, image)).backward()
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                assert not name.startswith(('layers.2.', 'ln1.')), name
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_side_networks_join_each_output_once(variant, image):
+    """Against what the stock blocks give, by hand; the stream itself goes on
+    unchanged."""
+    stock, peft = peft_of(variant, dict(type=Sum))
+    stock.eval(), peft.eval()
+    ys, expected = [], []
+    for layer in stock.layers:
+        layer.register_forward_hook(lambda m, args, y: ys.append(y))
+    run(stock, image)
+    for i in sorted(stock.out_indices):
+        out = ys[i] + sum(ys[:i + 1])
+        if i == len(ys) - 1 and stock.final_norm:
+            out = stock.ln1(out)
+        if hasattr(stock, '_format_output'):
+            out = stock._format_output(out, (4, 4))
+        else:
+            out = out[:, 1:].transpose(1, 2).contiguous()
+            out = out.view(2, 16, 4, 4)
+        expected.append(out)
+    outs = run(peft, image)
+    assert equal(outs, expected)
+    assert [o.stride() for o in outs] == [o.stride() for o in expected]
+    twin = copy.deepcopy(peft)
+    twin.peft.sum.weight.data.zero_()
+    assert equal(run(peft, image), expected)
+    assert equal(run(twin, image), run(stock, image))
+    eject(peft)
+    assert equal(run(peft, image), run(stock, image))
+    assert not peft._forward_hooks and not peft.layers[0]._forward_hooks
+
+
+# ------------------------------------------------- the rest of the stock API
+def peft_cfg(variant, method, **kwargs):
+    cfg = cfg_of(variant, **kwargs)
+    return dict(
+        cfg, type='mmpeft.PEFTBackbone', stock=cfg['type'], method=method)
+
+
+def segmentor(backbone):
+    return dict(
+        type='mmseg.EncoderDecoder',
+        backbone=backbone,
+        decode_head=dict(
+            type='mmseg.FCNHead',
+            in_channels=16,
+            in_index=0,
+            channels=8,
+            num_convs=1,
+            num_classes=3),
+        test_cfg=dict(mode='whole'))
+
+
+DECAY = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
+
+
+@pytest.mark.parametrize('variant,constructor,paramwise', [
+    ('class token', 'mmpretrain.LearningRateDecayOptimWrapperConstructor',
+     dict(layer_decay_rate=.5)),
+    ('mmseg', 'mmseg.LearningRateDecayOptimizerConstructor',
+     dict(num_layers=3, decay_rate=.5, decay_type='layer_wise')),
+    ('MAE', 'mmseg.LayerDecayOptimizerConstructor',
+     dict(num_layers=3, layer_decay_rate=.5)),
+])
+def test_layer_decay(variant, constructor, paramwise):
+    """Added parameters get the depth of their block."""
+    import mmpretrain.engine.optimizers  # noqa: F401
+    import mmseg.engine.optimizers  # noqa: F401
+    model = classifier if 'mmpretrain' in constructor else segmentor
+    model = MODELS.build(model(peft_cfg(variant, DECAY)))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor=constructor,
+            optimizer=dict(type='AdamW', lr=1., weight_decay=.05),
+            paramwise_cfg=paramwise))
+    rates = {
+        id(p): group['lr']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    for i, layer in enumerate(model.backbone.layers):
+        for parameter in layer.peft.parameters():
+            assert rates[id(parameter)] == .5**(4 - i - 1)
+    stem = model.backbone.patch_embed.projection.peft
+    assert {rates[id(p)] for p in stem.parameters()} == {.5**4}
+
+
+def test_configs_are_recognised():
+    for variant, model in (('average', classifier), ('pre-training',
+                                                     classifier),
+                           ('mmseg', segmentor), ('MAE', segmentor)):
+        cfg = Config(dict(model=model(cfg_of(variant))))
+        assert list(find_backbones(cfg)) == ['model.backbone']
+        changed, _ = add_method(cfg, 'LoRA:rank=2')
+        backbone = MODELS.build(changed.model).backbone
+        assert type(backbone).__name__ == cfg.model.backbone.type.split(
+            '.')[-1]
+        assert backbone.layers[0].peft
+
+
+def test_blocks_elsewhere_are_left_alone():
+    """The necks of CAE and BEiT v2 have blocks of the same class."""
+    neck = MODELS.build(
+        dict(
+            type='mmpretrain.BEiTV2Neck',
+            num_layers=1,
+            early_layers=1,
+            backbone_arch='base',
+            drop_path_rate=0.,
+            layer_scale_init_value=.1))
+    assert not find_family(neck)
+    model = nn.ModuleDict(dict(neck=neck, backbone=stock_of('')))
+    assert {host for host, _ in find_family(model)} == {'backbone'}
+
+
+# ------------------------------------------------------------- checkpoints
+def train_step(peft, image):
+    peft.train()
+    return torch.isfinite(run(peft, image)[0]).all()
+
+
+def test_positions_of_another_size(image):
+    """Stock resizes them while it loads; that is loaded."""
+    _, peft = peft_of('absolute', 'LoRA:rank=2')
+    peft.peft.base_checked = False
+    state = stock_of('absolute', img_size=48).state_dict()
+    peft.load_state_dict(state, strict=False)
+    assert train_step(peft, image) and peft.peft.base_checked
+
+
+@pytest.mark.parametrize('variant', ['MAE', 'mmseg'])
+def test_pretrained_by_mmseg(variant, image, tmp_path):
+    """MAE's checkpoints have no tables: those start at zero, and stay."""
+    file = str(tmp_path / 'weights.pth')
+    size = 48 if variant == 'MAE' else 32
+    state = stock_of(variant, img_size=size).state_dict()
+    if variant == 'MAE':
+        state = {k: v for k, v in state.items() if 'relative' not in k}
+    torch.save(state, file)
+    peft = MODELS.build(
+        peft_cfg(
+            variant,
+            'LoRA:rank=2',
+            init_cfg=dict(type='Pretrained', checkpoint=file)))
+    peft.init_weights()
+    attn = peft.layers[1].attn
+    assert torch.equal(attn.qkv.weight, state['layers.1.attn.qkv.weight'])
+    assert attn.relative_position_bias_table.any() == (variant == 'mmseg')
+    assert train_step(peft, image)
+    # Random tables would be refused.
+    attn.relative_position_bias_table.data.normal_()
+    peft.peft.base_checked = False
+    if variant == 'MAE':
+        with pytest.raises(ValueError, match='1 of .*position_bias_table'):
+            run(peft, image)
+
+
+@pytest.mark.parametrize('variant', ['', 'mmseg'])
+def test_tables_of_another_size(variant, image, tmp_path, monkeypatch):
+    """By the stock code, which needs a function that SciPy 1.14 removed; in
+    its place what SciPy recommends instead."""
+    from scipy import interpolate
+
+    def interp2d(x, y, z, kind):
+        assert kind == 'cubic'
+        spline = interpolate.RectBivariateSpline(x, y, z.T)
+        return lambda x, y: spline(x, y).T
+
+    monkeypatch.setattr(interpolate, 'interp2d', interp2d)
+    file = str(tmp_path / 'weights.pth')
+    torch.save(stock_of(variant, img_size=48).state_dict(), file)
+    given = dict(init_cfg=dict(type='Pretrained', checkpoint=file))
+    stock = MODELS.build(cfg_of(variant, **given))
+    peft = MODELS.build(peft_cfg(variant, 'LoRA:rank=2', **given))
+    stock.init_weights(), peft.init_weights()
+    assert train_step(peft, image)
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(peft.get_parameter(name), parameter), name
+    stock.eval(), peft.eval()
+    assert equal(run(stock, image), run(peft, image))
