@@ -240,7 +240,12 @@ def refuse_random_base(module: nn.Module, args: tuple) -> None:
         if p.ndim > 1 and '.peft.' not in f'.{n}'
     }
     frozen = [n for n, trains in matrices.items() if not trains]
-    missing = [n for n in frozen if n not in state.loaded]
+    # Zeros are not random: the position tables of mmseg's MAE, which its
+    # checkpoints do not have, add nothing.
+    missing = [
+        n for n in frozen
+        if n not in state.loaded and module.get_parameter(n).any()
+    ]
     foreign = state.strangers and 2 * len(state.loaded
                                           & set(matrices)) < len(matrices)
     if foreign and not missing:
