@@ -9,7 +9,7 @@ from .errors import PEFTError, SiteError
 from .methods.base import PEFTModule
 from .methods.side import SideNetwork, Trunk
 from .plan import MethodPlan
-from .sites import INPUT_SITES, MODULE_SITES, TOKEN_SITES
+from .sites import INPUT_SITES, MODULE_SITES
 from .state import PEFTState
 from .stream import Stream
 
@@ -198,11 +198,11 @@ def _attach_block(block: Block, name: str, at_sites: Dict[str,
     family, module = block.family, block.module
     family.swap(module)
     module.peft[name] = nn.ModuleDict(at_sites)
+    if not set(at_sites).isdisjoint(family.attention_sites):
+        family.open_attention(module)
     for site in at_sites:
         if site in MODULE_SITES + INPUT_SITES:
             connect(block.layer(site), module.peft, site)
-        if site in TOKEN_SITES:
-            family.open_attention(module)
 
 
 def _attach_part(part: Part, name: str, at_sites: Dict[str,

@@ -124,13 +124,16 @@ def _fold(state: Dict[str, Tensor], path: str, layer: nn.Module,
                     f'{path}: {name} of {type(module).__name__} has values '
                     'that are not finite; the run diverged, take an earlier '
                     'checkpoint.')
-    weight, names = state[f'{path}.weight'], _bias_names(path, layer)
+    key, names = _weight_name(path, layer), _bias_names(path, layer)
+    weight = state[key]
     bias = _join(state, names, len(weight))
-    new_weight, new_bias = weight.double(), bias
+    # A convolution as the matrix that it is at each place.
+    matrix = weight.flatten(1) if weight.ndim > 1 else weight
+    new_weight, new_bias = matrix.double(), bias
     with torch.no_grad():
         for module in modules:
             new_weight, new_bias = module.merge(new_weight, new_bias)
-    state[f'{path}.weight'] = _rounded(path, new_weight, weight)
+    state[key] = _rounded(path, new_weight, weight).view_as(weight)
     if bias is None and new_bias is not None:
         raise MergeError(f'{path} has no bias in the stock model to fold '
                          'one into.')
@@ -143,13 +146,22 @@ def _fold(state: Dict[str, Tensor], path: str, layer: nn.Module,
                              'model to fold one into.')
 
 
+def _weight_name(path: str, layer: nn.Module) -> str:
+    """Key of a layer's weight, which may belong to the attention."""
+    part = getattr(layer, 'weight_part', None)
+    return f'{path}.weight' if part is None else _beside(path, part)
+
+
+def _beside(path: str, part: str) -> str:
+    return '.'.join(p for p in (path.rpartition('.')[0], part) if p)
+
+
 def _bias_names(path: str, layer: nn.Module) -> Tuple[Optional[str], ...]:
     """Keys of the parts of a layer's bias; None where it has none."""
     parts = getattr(layer, 'bias_parts', None)
     if parts is None:
         return (f'{path}.bias', )
-    attention = path.rpartition('.')[0]
-    return tuple(part and f'{attention}.{part}' for part in parts)
+    return tuple(part and _beside(path, part) for part in parts)
 
 
 def _join(state: Dict[str, Tensor], names: Sequence[Optional[str]],

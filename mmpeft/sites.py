@@ -39,12 +39,13 @@ from typing import Dict, Optional, Tuple
 from torch import Tensor
 
 __all__ = [
-    'MODULE_SITES', 'INPUT_SITES', 'STREAM_SITES', 'TOKEN_SITES', 'PART_SITES',
-    'SITES', 'Site', 'TokenLayout'
+    'LINEAR_SITES', 'MODULE_SITES', 'INPUT_SITES', 'STREAM_SITES',
+    'TOKEN_SITES', 'PART_SITES', 'SITES', 'Site', 'TokenLayout'
 ]
 
+LINEAR_SITES = ('qkv', 'proj', 'fc1', 'fc2')
 # Sites that are a call of one stock submodule of a block.
-MODULE_SITES = ('norm1', 'norm2', 'qkv', 'proj', 'fc1', 'fc2')
+MODULE_SITES = ('norm1', 'norm2') + LINEAR_SITES
 # What a linear layer of a block receives.
 INPUT_SITES = ('qkv_input', 'proj_input', 'fc1_input', 'fc2_input')
 # Sites on the token stream, which the family's block forward calls.

@@ -73,13 +73,19 @@ def peft_cfg(kind, method, **kwargs):
 
 
 def build_pair(kind, method, **kwargs):
-    """A stock backbone, and a PEFT one that loaded its weights."""
+    """A stock backbone, and a PEFT one that loaded its weights.
+
+    What is frozen in one is frozen in the other: torch computes products with
+    a frozen weight in another way, with other bits.
+    """
     importlib.import_module(KINDS[kind].library)
     torch.manual_seed(0)
     stock = MODELS.build(stock_cfg(kind))
     perturb(stock, only='')
     peft = MODELS.build(peft_cfg(kind, method, **kwargs))
     peft.load_state_dict(stock.state_dict(), strict=False)
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad = peft.get_parameter(name).requires_grad
     return stock, peft
 
 

@@ -100,53 +100,6 @@ KINDS = {
         dims={0: 16},
         extra=1,
         no_parts=('patch_norm', 'merge_norm')),
-    # Norms behind the branches, one more behind every second block, and
-    # windows of two sizes.
-    'swin_v2':
-    Kind(
-        dict(
-            type='mmpretrain.SwinTransformerV2',
-            arch=dict(
-                embed_dims=16,
-                depths=[2, 2],
-                num_heads=[2, 4],
-                extra_norm_every_n_blocks=2),
-            img_size=48,
-            window_size=[7, 4],
-            pad_small_map=True,
-            out_indices=(0, 1),
-            drop_path_rate=.2),
-        patch_size=4,
-        grid=(15, 11),
-        out_norms=('norm0', 'norm1'),
-        dims={
-            0: 16,
-            1: 32
-        },
-        post_norm=True),
-    # Maps of channels last, windows that do not divide them, one global
-    # block, and a neck.
-    'vit_sam':
-    Kind(
-        dict(
-            type='mmpretrain.ViTSAM',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=64,
-                global_attn_indexes=[1]),
-            img_size=48,
-            patch_size=8,
-            window_size=3,
-            out_channels=12,
-            out_indices=(1, 3),
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
-        out_norms=('channel_reduction.3', ),
-        dims={0: 16},
-        no_parts=('patch_norm', 'merge_norm')),
     # Fixed in size by its relative positions, and without _format_output.
     'beit':
     Kind(
@@ -210,6 +163,53 @@ KINDS = {
         dims={0: 16},
         extra=1,
         no_parts=('patch_norm', 'merge_norm')),
+    # Norms behind the branches, one more behind every second block, and
+    # windows of two sizes.
+    'swin_v2':
+    Kind(
+        dict(
+            type='mmpretrain.SwinTransformerV2',
+            arch=dict(
+                embed_dims=16,
+                depths=[2, 2],
+                num_heads=[2, 4],
+                extra_norm_every_n_blocks=2),
+            img_size=48,
+            window_size=[7, 4],
+            pad_small_map=True,
+            out_indices=(0, 1),
+            drop_path_rate=.2),
+        patch_size=4,
+        grid=(15, 11),
+        out_norms=('norm0', 'norm1'),
+        dims={
+            0: 16,
+            1: 32
+        },
+        post_norm=True),
+    # Maps of channels last, windows that do not divide them, one global
+    # block, and a neck.
+    'vit_sam':
+    Kind(
+        dict(
+            type='mmpretrain.ViTSAM',
+            arch=dict(
+                embed_dims=16,
+                num_layers=4,
+                num_heads=2,
+                feedforward_channels=64,
+                global_attn_indexes=[1]),
+            img_size=48,
+            patch_size=8,
+            window_size=3,
+            out_channels=12,
+            out_indices=(1, 3),
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=('channel_reduction.3', ),
+        dims={0: 16},
+        no_parts=('patch_norm', 'merge_norm')),
     # Features of timm: class and register tokens, LayerScale, no norm, and a
     # stem that fills up the image.
     'timm_vit':
@@ -261,4 +261,46 @@ KINDS = {
         stem='timm_model.patch_embed.proj',
         sizes=((60, 44), (36, 52)),
         packages=('timm', )),
+    # nn.MultiheadAttention, and maps of inner blocks.
+    'vit_mmseg':
+    Kind(
+        dict(
+            type='mmseg.VisionTransformer',
+            img_size=48,
+            patch_size=8,
+            embed_dims=16,
+            num_layers=4,
+            num_heads=2,
+            out_indices=(1, 3),
+            patch_bias=True,
+            final_norm=True,
+            drop_path_rate=.2),
+        patch_size=8,
+        grid=(8, 6),
+        out_norms=('ln1', ),
+        dims={0: 16},
+        extra=1,
+        no_parts=('patch_norm', 'merge_norm')),
+    # Keys of a reduced map, and convolutions in the MLP.
+    'mit':
+    Kind(
+        dict(
+            type='mmseg.MixVisionTransformer',
+            embed_dims=16,
+            num_stages=2,
+            num_layers=(2, 2),
+            num_heads=(1, 2),
+            patch_sizes=(7, 3),
+            strides=(4, 2),
+            sr_ratios=(2, 1),
+            out_indices=(0, 1),
+            drop_path_rate=.2),
+        patch_size=7,
+        grid=(15, 11),
+        out_norms=('layers.0.2', 'layers.1.2'),
+        dims={
+            0: 16,
+            1: 32
+        },
+        stem='layers.0.0.projection'),
 }

@@ -82,7 +82,13 @@ class BlockPEFT(nn.ModuleDict):
 def input_hook(module: nn.Module, args: tuple) -> tuple:
     """Forward pre-hook of a linear layer whose input is a site."""
     peft, site = module._peft_site
-    return (peft.run(f'{site}_input', args[0], args[0]), *args[1:])
+    x = args[0]
+    if module._peft_channels_first:
+        x = x.movedim(1, -1)
+    x = peft.run(f'{site}_input', x, x)
+    if module._peft_channels_first:
+        x = x.movedim(-1, 1)
+    return (x, *args[1:])
 
 
 def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

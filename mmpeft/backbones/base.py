@@ -8,8 +8,8 @@ from torch import Tensor
 from ..errors import SiteError
 from ..methods.side import TrunkBlock
 from ..registry import SITE_MAPS
-from ..sites import (INPUT_SITES, PART_SITES, SITES, TOKEN_SITES, Site,
-                     TokenLayout)
+from ..sites import (INPUT_SITES, LINEAR_SITES, PART_SITES, SITES, TOKEN_SITES,
+                     Site, TokenLayout)
 from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
 from .places import Block, Part
@@ -47,6 +47,8 @@ class SiteMap:
     mixin: type = object
     #: The same for the attention, where tokens can join it.
     attention_mixin: type = JoinedAttention
+    #: Sites that only this attention has.
+    attention_sites: Tuple[str, ...] = TOKEN_SITES
 
     @classmethod
     def recognises(cls, backbone: type, cfg: dict) -> bool:
@@ -117,10 +119,11 @@ class SiteMap:
 
     @classmethod
     def open_attention(cls, block: nn.Module) -> None:
-        """Let extra tokens join the attention of a block."""
+        """Give a block the attention that has its sites."""
         module = cls.attention(block)
         if not isinstance(module, JoinedAttention):
             module.__class__ = peft_class(cls.attention_mixin, type(module))
+            module.prepare()
 
     @classmethod
     def close_attention(cls, block: nn.Module) -> None:
@@ -247,12 +250,13 @@ class SiteMap:
         module = block.layer(name)
         in_dims = out_dims = dims
         rows = {}
-        if isinstance(module, nn.Linear):
-            in_dims, out_dims = module.in_features, module.out_features
+        if name in LINEAR_SITES + INPUT_SITES:
+            # Of a linear layer, or of a 1 x 1 convolution.
+            out_dims, in_dims = module.weight.shape[:2]
             if name in INPUT_SITES:
                 out_dims = in_dims
         if name == 'qkv':
-            size = module.out_features // 3
+            size = out_dims // 3
             rows = {
                 p: (i * size, i * size + size)
                 for i, p in enumerate('qkv')

@@ -40,15 +40,20 @@ class JoinedMaps:
         """Forward hook of the backbone."""
         outs = list(outs)
         for place, x in zip(self.places, self.kept):
-            shape = outs[place].shape
+            # A map, or one with the class token.
+            both = isinstance(outs[place], list)
+            shape = (outs[place][0] if both else outs[place]).shape
             grid = x[:, x.shape[1] - shape[2] * shape[3]:]
-            outs[place] = grid.transpose(1, 2).reshape(shape).contiguous()
+            grid = grid.transpose(1, 2).reshape(shape).contiguous()
+            outs[place] = [grid, x[:, 0]] if both else grid
         self.kept = []
         return tuple(outs)
 
 
-def join_maps(backbone: nn.Module, stream: Stream,
-              places: Sequence[int]) -> list:
+def join_maps(backbone: nn.Module,
+              stream: Stream,
+              places: Sequence[int],
+              before: int = 0) -> list:
     """Join those outputs that have no norm; returns the handles of the hooks.
 
     Hooks are bound methods, which follow a deep copy.
@@ -57,13 +62,15 @@ def join_maps(backbone: nn.Module, stream: Stream,
         backbone (nn.Module): Has ``layers`` and ``out_indices``.
         stream (Stream): What travels beside the tokens.
         places (list[int]): Places in the result of the outputs to join.
+        before (int): How many there are in the result of no block.
+            Defaults to 0.
     """
     maps = JoinedMaps(stream, places)
     outs = sorted(backbone.out_indices)
     return [
         backbone.register_forward_pre_hook(maps.begin), *[
-            backbone.layers[outs[place]].register_forward_hook(maps.keep)
-            for place in places
+            backbone.layers[outs[place - before]].register_forward_hook(
+                maps.keep) for place in places
         ],
         backbone.register_forward_hook(maps.replace)
     ]

@@ -35,6 +35,10 @@ class PreNormForward:
         """The MLP branch before drop-path."""
         raise NotImplementedError
 
+    def run_map_mlp(self, normed: Tensor, layout: TokenLayout) -> Tensor:
+        """The same of the whole stream, where it matters what is where."""
+        return self.run_mlp(normed)
+
     @property
     def joined_attention(self) -> 'JoinedAttention':
         """Where tokens join; one only if there is a module for them."""
@@ -57,7 +61,8 @@ class PreNormForward:
 
         shortcut = run('ffn_shortcut', x, x, layout)
         normed = self.norm2(x)
-        branch = run('ffn_parallel', normed, self.run_mlp(normed), layout)
+        branch = self.run_map_mlp(normed, layout)
+        branch = run('ffn_parallel', normed, branch, layout)
         branch = run('ffn_branch', x, branch, layout)
         if seen is not None:
             seen = self.run_mlp(self.norm2(tokens))
@@ -116,6 +121,9 @@ class JoinedAttention:
         joined, extra = self.joined, self.extra
         self.joined = self.extra = None
         return joined, extra
+
+    def prepare(self) -> None:
+        """Called when a stock module becomes this one."""
 
     def forget(self) -> None:
         """Leave nothing in a module that becomes stock again."""

@@ -3,7 +3,8 @@
 The third kind, a network beside the backbone, is in ``side.py``.
 """
 import math
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import (Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple,
+                    Union)
 
 import torch.nn as nn
 from torch import Tensor
@@ -18,6 +19,13 @@ __all__ = [
     'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector', 'check_positive',
     'check_rate', 'check_width'
 ]
+
+
+class LinearWeights(NamedTuple):
+    """Weight (out_dims, in_dims) and bias of a linear layer."""
+
+    weight: Tensor
+    bias: Optional[Tensor]
 
 
 class Method:
@@ -103,9 +111,18 @@ class PEFTModule(Method, nn.Module):
         self._layer = (layer, )
 
     @property
-    def layer(self) -> nn.Module:
+    def stock_layer(self) -> nn.Module:
         """The stock layer at the site."""
         return self._layer[0]
+
+    @property
+    def layer(self) -> Union[nn.Module, LinearWeights]:
+        """The same with the weight as a matrix, which a 1 x 1 convolution
+        does not have."""
+        layer = self.stock_layer
+        if layer.weight.ndim > 2:
+            return LinearWeights(layer.weight.flatten(1), layer.bias)
+        return layer
 
     def start_from_layer(self) -> None:
         """Initialise from the weight of the stock layer.

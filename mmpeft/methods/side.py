@@ -1,6 +1,6 @@
 """The third kind of method: a network that runs beside the backbone."""
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Tuple, Union
 
 import torch.nn as nn
 from torch import Tensor
@@ -22,9 +22,13 @@ class TrunkBlock:
         embed_dims (int): Width of the token stream.
         num_heads (int): Heads of its attention.
         mlp_dims (int): Hidden channels of its MLP.
-        window_size (int, optional): Side of its attention windows; None means
-            that all tokens see each other.
-        shift_size (int): By how much its windows are shifted.
+        window_size (int | tuple[int, int], optional): Side of its attention
+            windows, or their height and width; None means that all tokens
+            see each other.
+        shift_size (int | tuple[int, int]): By how much its windows are
+            shifted.
+        key_stride (int): Side of the cells of the map whose means give keys
+            and values.
     """
 
     index: int
@@ -33,8 +37,9 @@ class TrunkBlock:
     embed_dims: int
     num_heads: int
     mlp_dims: int
-    window_size: Optional[int] = None
-    shift_size: int = 0
+    window_size: Union[int, Tuple[int, int], None] = None
+    shift_size: Union[int, Tuple[int, int]] = 0
+    key_stride: int = 1
 
 
 @dataclass(frozen=True)
