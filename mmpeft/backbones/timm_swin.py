@@ -39,6 +39,16 @@ class TimmSwinForward(PreNormForward):
         return self.mlp(normed)
 
 
+class JoinedTimmWindows(JoinedWindowMSA):
+    """The same, where keys may be narrower than tokens (``head_dim``)."""
+
+    def take(self) -> Tuple:
+        joined, extra = super().take()
+        if extra is not None and not extra[0].shape[1]:
+            extra = (extra[0].new_zeros(1, 0, self.proj.in_features), ) * 2
+        return joined, extra
+
+
 def joined(stream: Stream, stage: int, x: Tensor) -> Tensor:
     """A map (B, H, W, C) with what joins the output of a stage."""
     return stream.output(x.flatten(1, 2), stage).unflatten(1, x.shape[1:3])
@@ -100,7 +110,7 @@ class TimmSwinSites(TimmSites):
     block_pattern = r'(?P<stage_path>(?:timm_model\.)?(?:model\.)?' \
                     r'layers[._](?P<stage>\d+))\.blocks\.\d+'
     mixin = TimmSwinForward
-    attention_mixin = JoinedWindowMSA
+    attention_mixin = JoinedTimmWindows
 
     @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
@@ -218,10 +228,7 @@ class TimmSwinSites(TimmSites):
         getter, stages = cls.getter(backbone), cls.stages(backbone)
         last = max(stages)
         if is_a(model, NETS):
-            return {
-                i: None
-                for i in stages if f'layers_{i}' in model.return_layers
-            }
+            return dict.fromkeys(sorted(model.feature_info.out_indices))
         if getter is None:
             return {last: f'{prefix}norm'}
         return {
