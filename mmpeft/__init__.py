@@ -4,6 +4,7 @@ Importing this package needs torch and mmengine only; everything that needs
 more is imported on first use.
 """
 import importlib
+import sys
 
 from .compat import map_package_names
 from .version import __version__
@@ -15,6 +16,8 @@ _PUBLIC = {
     'apply': '.api',
     'merge': '.merge',
     'merged_state_dict': '.merge',
+    'save_delta': '.delta',
+    'load_delta': '.delta',
     'count_params': '.counting',
     'ppt_factor': '.counting',
     'config_path': '.config',
@@ -27,6 +30,9 @@ _PUBLIC = {
 __all__ = ['__version__', *_PUBLIC]
 
 map_package_names()
+if 'mmengine.runner.checkpoint' in sys.modules:
+    # Inferencers read a checkpoint before they build what it is for.
+    importlib.import_module('.engine.delta_loading', __name__).register()
 
 
 def __getattr__(name: str):

@@ -23,6 +23,10 @@ def parse_args():
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--method', help='as in train.py')
     parser.add_argument('--at', help='as in train.py')
+    parser.add_argument(
+        '--base',
+        help='file with the base of a delta, if it is not where the config '
+        'says')
     parser.add_argument('--work-dir', help='where to save logs and metrics')
     parser.add_argument(
         '--out',

@@ -37,6 +37,10 @@ def parse_args():
         type=float,
         default=1.,
         help='factor on the learning rate of the config')
+    parser.add_argument(
+        '--base',
+        help='file with the base of a delta, if it is not where the config '
+        'says')
     parser.add_argument('--work-dir', help='where to save logs and models')
     parser.add_argument(
         '--resume',

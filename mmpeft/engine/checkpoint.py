@@ -10,13 +10,14 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..config import PEFT_ARGUMENTS, find_peft_backbones
+from ..delta_file import is_safetensors
 from ..errors import MissingFileError, PEFTError
 from ..plan import parse_methods
 from ..state import load_whole
 
 __all__ = [
-    'read_checkpoint', 'write_checkpoint', 'strip_method', 'match_checkpoint',
-    'load_exactly'
+    'is_delta', 'read_checkpoint', 'write_checkpoint', 'strip_method',
+    'match_checkpoint', 'load_exactly'
 ]
 
 
@@ -41,6 +42,20 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     return checkpoint
+
+
+def is_delta(path: str) -> bool:
+    """Whether a file is a delta, by its content.
+
+    Raises:
+        PEFTError: If it is one that mmengine will not take for one.
+    """
+    if not osp.isfile(path) or not is_safetensors(path):
+        return False
+    if not path.endswith('.safetensors'):
+        raise PEFTError(f'{path} is a safetensors file; let its name end in '
+                        '.safetensors, by which mmengine tells it apart.')
+    return True
 
 
 def write_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
@@ -87,6 +102,8 @@ def match_checkpoint(cfg: Config, path: str) -> Config:
     Raises:
         PEFTError: If the methods in the file are not those of the config.
     """
+    if is_delta(path):
+        return cfg  # compared with the model when it is loaded
     state = read_checkpoint(path)['state_dict']
     inside = {_method_name(k) for k in state if '.peft.' in f'.{k}'}
     wanted = {

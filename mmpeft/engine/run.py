@@ -1,7 +1,7 @@
 """From command line arguments to a Runner, for the tools."""
 import os.path as osp
 from argparse import Namespace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from mmengine.config import Config
@@ -17,8 +17,8 @@ from ..plan import parse_methods
 from ..preflight import check_files
 
 __all__ = [
-    'prepare', 'build_runner', 'read_config', 'parse_options', 'set_work_dir',
-    'set_default_collate'
+    'add_hooks', 'prepare', 'build_runner', 'read_config', 'parse_options',
+    'set_work_dir', 'set_default_collate'
 ]
 
 
@@ -42,7 +42,7 @@ def prepare(args: Namespace) -> Config:
     cfg.launcher = args.launcher
     title = method_title(cfg) if args.method else ''
     set_work_dir(cfg, args, title)
-    _add_report_hook(cfg)
+    add_hooks(cfg, args.base)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
@@ -129,10 +129,20 @@ def set_default_collate(cfg: Config, args: Namespace) -> None:
             and loader.get('num_workers', 0) > 0)
 
 
-def _add_report_hook(cfg: Config) -> None:
+def add_hooks(cfg: Config, base: Optional[str] = None) -> None:
+    """What a config of ours has, for one that became ours by ``--method``.
+
+    Args:
+        cfg (Config): Changed in place.
+        base (str, optional): File with the base of a delta.
+    """
     if find_peft_backbones(cfg):
-        report = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
-        cfg.default_hooks = {**report, **(cfg.get('default_hooks') or {})}
+        ours = dict(
+            peft_report=dict(type='mmpeft.PEFTReportHook'),
+            peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))
+        cfg.default_hooks = {**ours, **(cfg.get('default_hooks') or {})}
+        if base is not None:
+            cfg.default_hooks['peft_checkpoint']['base'] = base
 
 
 def _enable_amp(cfg: Config) -> None:

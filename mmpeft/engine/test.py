@@ -10,7 +10,8 @@ from ..config import method_title
 from ..errors import PEFTError
 from ..preflight import check_files
 from .checkpoint import match_checkpoint
-from .run import build_runner, read_config, set_default_collate, set_work_dir
+from .run import (add_hooks, build_runner, read_config, set_default_collate,
+                  set_work_dir)
 
 __all__ = ['prepare', 'run_test']
 
@@ -40,6 +41,7 @@ def prepare(args: Namespace) -> Config:
     cfg = match_checkpoint(cfg, args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    add_hooks(cfg, args.base)
     # Testing needs no training set, and none of the weights training starts
     # from.
     for key in ('train', 'val'):

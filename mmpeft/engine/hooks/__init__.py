@@ -1,5 +1,6 @@
 """Hooks, entered through ``default_hooks`` or ``custom_hooks``."""
+from .peft_checkpoint_hook import PEFTCheckpointHook
 from .peft_report_hook import PEFTReportHook
 from .rank_budget_hook import RankBudgetHook
 
-__all__ = ['PEFTReportHook', 'RankBudgetHook']
+__all__ = ['PEFTCheckpointHook', 'PEFTReportHook', 'RankBudgetHook']

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...backbones.base import find_family
 from ...counting import count_params, part_counts
 from ...errors import PEFTError
+from ...frozen_warnings import collapse_frozen_warnings
 from ...registry import HOOKS
 from ...state import PEFTState, attached_modules
 
@@ -43,6 +44,8 @@ class PEFTReportHook(Hook):
         self._left: Optional[int] = None
         self._silent_modules: set = set()
         self._silent_parameters: set = set()
+        # The logger may be younger than the model.
+        collapse_frozen_warnings()
 
     def before_train(self, runner) -> None:
         model = _unwrap(runner.model)

@@ -1,0 +1,174 @@
+import glob
+import os
+import os.path as osp
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Dict, List, Optional
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+
+from ...delta import (delta_names, make_header, missing_in, peft_states,
+                      save_delta)
+from ...delta_file import SUFFIX
+from ...errors import PEFTError
+from ...registry import HOOKS
+from ..delta_loading import (complete, expect_model, recorded_base, register,
+                             sources_of)
+from ..randomness import gather_randomness, restore_randomness
+
+__all__ = ['PEFTCheckpointHook']
+
+# What a delta remembers of the checkpoint it is taken from.
+KEPT_META = ('epoch', 'iter', 'seed', 'experiment_name', 'time',
+             'dataset_meta', 'mmengine_version')
+
+
+@HOOKS.register_module()
+class PEFTCheckpointHook(Hook):
+    """Beside every stock checkpoint, a delta: what trains, and nothing else.
+
+    ``epoch_3.pth`` gets ``epoch_3_delta.safetensors``, and so do the best
+    ones. Where an average over time (EMA) is published, the delta has that.
+    It is removed when its checkpoint is, and only after the next one is
+    complete. The stock hook deletes the oldest file before it writes; with
+    ``max_keep_ckpts=1`` a run that dies in between would have none, so then
+    it keeps two.
+
+    It also lets the Runner read deltas (``load_from``, ``--resume``), and
+    stores the state of the random numbers of every rank, so that a resumed
+    run goes on as if it had not stopped.
+
+    Args:
+        keep (str): 'both', or 'delta': the ``.pth`` then lacks the frozen
+            weights, too; to resume from it, the base must be where the
+            config says. Defaults to 'both'.
+        base (str, optional): File with the base of a delta that is loaded,
+            if it is not where the config says. Defaults to None.
+
+    Raises:
+        PEFTError: For another value of ``keep``.
+    """
+
+    # After EMAHook has put the averages into the checkpoint.
+    priority = 'LOWEST'
+
+    def __init__(self, keep: str = 'both', base: Optional[str] = None) -> None:
+        if keep not in ('both', 'delta'):
+            raise PEFTError(f"keep={keep!r} is neither 'both' nor 'delta'.")
+        self.keep = keep
+        self.base = base
+        self.sources: List[dict] = []
+        self._published: Optional[Dict[str, Any]] = None
+        self._gathered: list = []
+        # Frozen tensors that no source has; found at the first checkpoint.
+        self._extra: Optional[List[str]] = None
+        self._save = None
+
+    def before_run(self, runner) -> None:
+        register()
+        expect_model(True)
+        # Registering a hook below calls this one again.
+        if self._save is not None or not peft_states(_model(runner)):
+            return
+        self.sources = sources_of(runner.cfg)
+        self._save = runner.save_checkpoint
+        runner.save_checkpoint = partial(self._save_both, runner)
+        runner.register_hook(_LoadHook(self))
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.max_keep_ckpts == 1:
+                hook.max_keep_ckpts = 2
+                runner.logger.info(
+                    'max_keep_ckpts=1 would delete the only checkpoint before '
+                    'the next one is written; two are kept.')
+
+    def after_run(self, runner) -> None:
+        expect_model(False)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        model = _model(runner)
+        if not peft_states(model):
+            return
+        if self._extra is None:
+            frozen = {n for n, p in model.named_parameters()}
+            self._extra = missing_in(model,
+                                     recorded_base(self.sources, frozen))
+        names = delta_names(model) | set(self._extra)
+        self._published = dict(
+            state={
+                k: v
+                for k, v in checkpoint['state_dict'].items() if k in names
+            },
+            meta={
+                k: v
+                for k, v in checkpoint['meta'].items() if k in KEPT_META
+            })
+        checkpoint['peft_randomness'] = self._gathered
+        checkpoint['peft_sources'] = self.sources
+        if self.keep == 'delta':
+            about = dict(
+                path='This checkpoint',
+                tensors=sorted(names),
+                header=asdict(make_header(model, self.sources)))
+            checkpoint['peft_delta'] = about
+            checkpoint['state_dict'] = self._published['state']
+            averages = checkpoint.get('ema_state_dict', {})
+            for name in set(model.state_dict()) - names:
+                averages.pop(f'module.{name}', None)
+
+    def _save_both(self, runner, out_dir: str, filename: str, *args,
+                   **kwargs) -> None:
+        """The stock ``save_checkpoint``, then the delta beside the file."""
+        # Every rank takes part in this, only the first one writes.
+        self._gathered = gather_randomness()
+        self._published = None
+        self._save(out_dir, filename, *args, **kwargs)
+        if self._published is None or not is_main_process():
+            return
+        path = osp.join(out_dir, osp.splitext(filename)[0] + SUFFIX)
+        save_delta(
+            _model(runner),
+            path,
+            sources=self.sources,
+            meta=self._published['meta'],
+            state=self._published['state'],
+            extra=self._extra or ())
+        self._published = None
+        for old in glob.glob(osp.join(glob.escape(out_dir), f'*{SUFFIX}')):
+            if not osp.exists(old[:-len(SUFFIX)] + '.pth'):
+                os.remove(old)
+
+
+class _LoadHook(Hook):
+    """Completes what was loaded with the base, before EMAHook looks at it."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, owner: PEFTCheckpointHook) -> None:
+        self.owner = owner
+        self._randomness: Optional[list] = None
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if 'peft_delta' in checkpoint:
+            if runner._resume and 'optimizer' not in checkpoint:
+                raise PEFTError(
+                    f'{checkpoint["peft_delta"]["path"]} holds no state of '
+                    'the optimizer; resume from the .pth beside it, or start '
+                    'from it with load_from.')
+            complete(_model(runner), checkpoint, self.owner.base)
+        if runner._resume:
+            self._randomness = checkpoint.get('peft_randomness')
+            # load_from now names the checkpoint, and no longer the base.
+            self.owner.sources = checkpoint.get('peft_sources',
+                                                self.owner.sources)
+
+    def before_train(self, runner) -> None:
+        if self._randomness is not None:
+            restore_randomness(runner, self._randomness)
+            self._randomness = None
+
+
+def _model(runner):
+    model = runner.model
+    return model.module if is_model_wrapper(model) else model
