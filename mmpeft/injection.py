@@ -7,6 +7,7 @@ from .attach import Build, attach
 from .backbones.attached import disconnect
 from .backbones.base import Block, family_names, find_family
 from .errors import PEFTError, SiteError
+from .frozen_warnings import collapse_frozen_warnings
 from .methods.base import Selector
 from .methods.full import Full
 from .plan import MethodPlan, parse_methods
@@ -114,6 +115,7 @@ def inject(backbone: nn.Module,
     attach(backbone, state, build)
     backbone.peft = state
     guard(backbone)
+    collapse_frozen_warnings()
     return backbone
 
 
