@@ -64,10 +64,9 @@ class JoinedWindowMSAV2(JoinedWindowMSA):
 
     def similarity(self, q: Tensor, k: Tensor) -> Tensor:
         """Cosines of queries and keys, with the learned scale of a head."""
-        cosines = F.normalize(q, dim=-1) @ F.normalize(
-            k, dim=-1).transpose(-2, -1)
-        return cosines * torch.clamp(
-            self.logit_scale, max=math.log(1. / 0.01)).exp()
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        scale = torch.clamp(self.logit_scale, max=math.log(1. / 0.01)).exp()
+        return q @ k.transpose(-2, -1) * scale
 
     def position_bias(self) -> Tensor:
         """Of each pair of tokens in a window, (N * N, heads)."""

@@ -56,13 +56,11 @@ class JoinedWindows(JoinedAttention):
             def spread(t: Tensor) -> Tensor:
                 # (B or 1, p, C) -> (B * windows, p, C), in autocast's
                 # precision
-                return t.to(q.dtype).repeat_interleave(
-                    len(x) // len(t), dim=0)
+                return t.to(q.dtype).repeat_interleave(len(x) // len(t), dim=0)
 
             asked, *new = self.project(joined).chunk(3, dim=-1)
-            keys, values = (
-                heads(torch.cat([spread(e), spread(t)], dim=1))
-                for e, t in zip(extra, new))
+            keys, values = (heads(torch.cat([spread(e), spread(t)], dim=1))
+                            for e, t in zip(extra, new))
             scores = torch.cat(
                 [self.similarity(q, keys) + self.placeless, scores], dim=-1)
             v = torch.cat([values, v], dim=2)
