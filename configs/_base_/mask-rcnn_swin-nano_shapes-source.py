@@ -19,8 +19,9 @@ train_pipeline = [
         direction=['horizontal', 'vertical']),
     dict(type='mmdet.PackDetInputs')
 ]
+# Inferencers of mmdet and mmseg know the loader by this very name.
 test_pipeline = [
-    dict(type='mmcv.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='mmdet'),
     dict(type='mmdet.Resize', scale=(128, 128), keep_ratio=True),
     dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
     dict(

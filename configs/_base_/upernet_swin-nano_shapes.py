@@ -26,10 +26,11 @@ train_pipeline = [
                                                      'vertical']),
     dict(type='mmseg.PackSegInputs')
 ]
+# Inferencers of mmdet and mmseg know the loader by this very name.
 test_pipeline = [
-    dict(type='mmcv.LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='mmseg'),
     dict(type='mmseg.Resize', scale=crop_size, keep_ratio=True),
-    dict(type='mmseg.LoadAnnotations'),
+    dict(type='LoadAnnotations', _scope_='mmseg'),
     dict(type='mmseg.PackSegInputs')
 ]
 train_dataloader = dict(
