@@ -19,10 +19,14 @@ def parse_args():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config the checkpoint is from')
-    parser.add_argument('checkpoint', help='full checkpoint')
+    parser.add_argument('checkpoint', help='full checkpoint, or delta')
     parser.add_argument('out', help='file to write')
     parser.add_argument('--method', help='as given to train.py')
     parser.add_argument('--at', help='as given to train.py')
+    parser.add_argument(
+        '--base',
+        help='file with the base of a delta, if it is not where the config '
+        'says')
     parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', default=[])
     parser.add_argument(

@@ -30,8 +30,13 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if '://' not in path and not osp.isfile(path):
         raise MissingFileError(f'There is no checkpoint {path!r}; looked at '
                                f'{osp.abspath(path)}.')
+    if '://' not in path and is_delta(path):
+        from .delta_loading import register  # it reads bases through this
+        register()
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except PEFTError:
+        raise
     except Exception as error:
         raise PEFTError(f'{path} cannot be read as a checkpoint '
                         f'({type(error).__name__}: '

@@ -1,20 +1,23 @@
 """Deltas where mmengine expects checkpoints."""
+import logging
 import os.path as osp
 from typing import Any, Dict, Iterable, List, Optional, Set
 
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-from ..delta import (check_base, check_methods, check_tensors, fingerprint,
-                     source_text)
+from ..delta import (apply_delta, check_base, check_methods, check_tensors,
+                     fingerprint, source_text)
 from ..delta_file import Header, read_delta
 from ..errors import PEFTError
 
 __all__ = [
-    'complete', 'ensure_base', 'recorded_base', 'register', 'sources_of'
+    'complete', 'ensure_base', 'load_with_base', 'recorded_base', 'register',
+    'sources_of'
 ]
 
 # Whether somebody with the model at hand completes what is read.
@@ -118,6 +121,23 @@ def complete(model: nn.Module,
             averages.setdefault(f'module.{name}', value)
 
 
+def load_with_base(model: nn.Module,
+                   path: str,
+                   base: Optional[str] = None) -> Header:
+    """Load a delta into a fresh model, its base from wherever that is.
+
+    Raises:
+        PEFTError: If it is of another method, architecture or base.
+    """
+    tensors, header = read_delta(path)
+    checkpoint = dict(
+        state_dict=tensors,
+        peft_delta=dict(path=path, tensors=list(tensors), header=header))
+    complete(model, checkpoint, base)
+    apply_delta(model, checkpoint['state_dict'])
+    return header
+
+
 def ensure_base(model: nn.Module,
                 header: Header,
                 path: str,
@@ -134,7 +154,7 @@ def ensure_base(model: nn.Module,
         if _matches(model, header, path, extra):
             return
         if hasattr(model, 'init_weights'):
-            model.init_weights()
+            _init_weights(model)
         files = [
             s['checkpoint'] for s in header.base['sources']
             if not s.get('at') and osp.isfile(str(s.get('checkpoint')))
@@ -147,6 +167,14 @@ def ensure_base(model: nn.Module,
             check_base(model, header, path, extra)
         except PEFTError as error:
             raise PEFTError(f'{error} Give that file with --base.') from None
+
+
+def _init_weights(model: nn.Module) -> None:
+    try:
+        model.init_weights()
+    except OSError as error:
+        # The comparison below says whose file it was.
+        print_log(str(error), logger='current', level=logging.WARNING)
 
 
 def _matches(model: nn.Module, header: Header, path: str,

@@ -6,9 +6,10 @@ from ..config import find_peft_backbones
 from ..errors import PEFTError
 from ..merge import merged_state_dict
 from ..version import __version__
-from .checkpoint import (load_exactly, read_checkpoint, strip_method,
+from .checkpoint import (is_delta, load_exactly, read_checkpoint, strip_method,
                          write_checkpoint)
 from .count import build_model, without_init
+from .delta_loading import load_with_base
 from .run import read_config
 
 __all__ = ['merge_checkpoint']
@@ -41,12 +42,18 @@ def merge_checkpoint(args: Namespace) -> int:
     if not find_peft_backbones(cfg):
         raise PEFTError(f'{args.config} attaches no method; give the config '
                         'the checkpoint was trained with, or its --method.')
-    checkpoint = read_checkpoint(args.checkpoint)
-    with without_init():
+    if is_delta(args.checkpoint):
         model = build_model(cfg)
+        header = load_with_base(model, args.checkpoint, args.base)
+        checkpoint = dict(meta=header.meta)
+    else:
+        checkpoint = read_checkpoint(args.checkpoint)
+        with without_init():
+            model = build_model(cfg)
         load_exactly(model, checkpoint['state_dict'], args.checkpoint)
-        merged = merged_state_dict(model)
-        stock_cfg = strip_method(cfg)
+    merged = merged_state_dict(model)
+    stock_cfg = strip_method(cfg)
+    with without_init():
         # The promise, checked on every file: strict in the stock model.
         load_exactly(build_model(stock_cfg), merged, args.out)
     meta = checkpoint.get('meta') or {}
