@@ -117,6 +117,9 @@ def _path_of(place: Union[Block, Part], site: str) -> Optional[str]:
 
 def _fold(state: Dict[str, Tensor], path: str, layer: nn.Module,
           modules: List[PEFTModule]) -> None:
+    key, names = _weight_name(path, layer), _bias_names(path, layer)
+    # In messages: the layer, or the weight where there is no layer.
+    path = key[:-len('.weight')] if key.endswith('.weight') else key
     for module in modules:
         for name, parameter in _own_weights(module):
             if not torch.isfinite(parameter).all():
@@ -124,7 +127,6 @@ def _fold(state: Dict[str, Tensor], path: str, layer: nn.Module,
                     f'{path}: {name} of {type(module).__name__} has values '
                     'that are not finite; the run diverged, take an earlier '
                     'checkpoint.')
-    key, names = _weight_name(path, layer), _bias_names(path, layer)
     weight = state[key]
     bias = _join(state, names, len(weight))
     # A convolution as the matrix that it is at each place.

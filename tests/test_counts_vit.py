@@ -83,6 +83,18 @@ def test_every_method(method, name, trainable, millions):
     assert sum(counts['by_stage'].values()) == trainable
 
 
+@pytest.mark.parametrize('method,name', [r[:2] for r in ROWS])
+def test_mmseg(method, name):
+    """The same, though its attention packs its weights."""
+    pytest.importorskip('mmseg')
+    from mmseg.models.backbones import VisionTransformer
+    peft = PEFTBackbone(
+        VisionTransformer, method, patch_bias=True, final_norm=True)
+    counts = count_params(peft)
+    assert counts['backbone_trainable'] == closed_form(name)
+    assert counts['backbone_total'] == closed_form('full')
+
+
 @pytest.mark.parametrize('method,trainable', [
     ('Adapter:dim=8,placement=pfeiffer', 156_768),
     ('LoRA:rank=8', 294_912),
