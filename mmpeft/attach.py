@@ -176,6 +176,7 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
             module.peft.stream = stream
             module.peft.place = family.trunk_block(block)
             module.peft.taps = build.taps.get(block.path, ())
+            stream.enter(module.peft)
     stages = {s for n in build.networks.values() for s in n.trunk.outputs}
     if stages:
         state._handles += family.join_outputs(backbone, stream, stages)

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Type
 import torch.nn as nn
 from torch import Tensor
 
+from .errors import PEFTError
 from .methods.side import SideNetwork
 from .sites import TokenLayout
 
@@ -30,7 +31,19 @@ class Stream:
         self.family = family
         self.networks = networks
         self.mergings = mergings
+        # Numbers of the first and last block here, and of the first one that
+        # passes its tokens on.
+        self.first: Optional[int] = None
+        self.last: Optional[int] = None
+        self.source: Optional[int] = None
         self.reset()
+
+    def enter(self, peft: nn.ModuleDict) -> None:
+        """Run beside another block; they come in order."""
+        index = self.last = peft.place.index
+        self.first = index if self.first is None else self.first
+        if peft.carries and self.source is None:
+            self.source = index
 
     def reset(self) -> None:
         """Forget all tensors."""
@@ -44,11 +57,26 @@ class Stream:
     def join(self, peft: nn.ModuleDict, x: Tensor,
              layout: TokenLayout) -> Optional[Tensor]:
         """Tokens (B, p, C) that enter a block beside ``x``; None if it has no
-        such site."""
+        such site.
+
+        Raises:
+            PEFTError: If the tokens of the block before are gone.
+        """
+        index = peft.place.index
+        if index == self.first:
+            # Not all that runs the blocks is the forward of the backbone:
+            # timm's models have a forward_features.
+            self.reset()
         if not peft.has('tokens'):
             self.tokens = None
             return None
         tokens = self.tokens
+        if tokens is None and peft.carries and index != self.source:
+            raise PEFTError(
+                'The tokens of the block before did not reach '
+                f'{peft.place.path}: it was run by itself, as checkpointing '
+                'around a block does in backward. Set with_cp=True on the '
+                'blocks instead.')
         if tokens is None:
             tokens = x.new_zeros(x.shape[0], 0, x.shape[-1])
         elif tokens.shape[-1] != x.shape[-1]:
@@ -60,7 +88,8 @@ class Stream:
               tokens: Optional[Tensor], taps: Optional[Dict[str, Tensor]],
               layout: TokenLayout) -> None:
         """Take over what came out of a block."""
-        self.tokens = tokens if peft.carries else None
+        last = peft.place.index == self.last
+        self.tokens = tokens if peft.carries and not last else None
         place, states = peft.place, self.states
         x, y = x.detach(), y.detach()
         for name, network in self.networks.items():

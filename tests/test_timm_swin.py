@@ -156,9 +156,9 @@ def test_norms_and_merging(image):
 
 
 # ---------------------------------------------------------------- attention
-@pytest.mark.parametrize('variant', [
-    'fused', 'any size', 'windows that are no squares', 'narrow heads'
-])
+@pytest.mark.parametrize(
+    'variant',
+    ['fused', 'any size', 'windows that are no squares', 'narrow heads'])
 def test_no_tokens_is_stock_attention(variant, image):
     stock = stock_of('map' if variant == 'fused' else variant)
     for block in blocks_of(stock):
@@ -281,8 +281,7 @@ def test_configs_are_recognised():
                     backbone=dict(BASE, model_name=name))))
 
     for name in ('swin_tiny_patch4_window7_224',
-                 'swin_base_patch4_window12_384.ms_in22k',
-                 'swin_s3_tiny_224'):
+                 'swin_base_patch4_window12_384.ms_in22k', 'swin_s3_tiny_224'):
         assert list(find_backbones(config(name))) == ['model.backbone'], name
     for name in ('swinv2_tiny_window8_256', 'swinv2_cr_tiny_ns_224'):
         assert not find_backbones(config(name)), name
@@ -297,8 +296,9 @@ def test_a_bare_model(image):
     whole = nn.ModuleDict(dict(encoder=model))
     mmpeft.apply(whole, 'Mona:dim=4')
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in trained if 'peft' not in n
-            } == {'head.fc.weight', 'head.fc.bias'}
+    assert {n
+            for n in trained
+            if 'peft' not in n} == {'head.fc.weight', 'head.fc.bias'}
     counts = count_params(whole)
     assert counts['backbone_trainable'] == counts['backbone_added']
     assert counts['model_trainable'] == counts['backbone_added'] + 5 * 33
@@ -321,10 +321,9 @@ def test_counts_of_swin_b(method, name, monkeypatch):
         model_name='swin_base_patch4_window7_224',
         pretrained=False,
         weight_init='skip')
-    found = sum(
-        p.numel() for b in blocks_of(peft) for p in b.module.parameters()
-        if p.requires_grad)
+    found = sum(p.numel() for b in blocks_of(peft)
+                for p in b.module.parameters() if p.requires_grad)
     depths, widths = (2, 2, 18, 2), (128, 256, 512, 1024)
-    assert found == sum(
-        n * BLOCK[name](d, d // 32) for n, d in zip(depths, widths))
+    assert found == sum(n * BLOCK[name](d, d // 32)
+                        for n, d in zip(depths, widths))
     assert name != 'mona' or found == 3_667_456

@@ -160,8 +160,8 @@ def test_methods(variant, image):
 
 
 def test_norms_and_merging(image):
-    for variant, parts in (('CLIP', {'norm_pre', 'norm'}),
-                           ('no class token', {'fc_norm'}),
+    for variant, parts in (('CLIP', {'norm_pre',
+                                     'norm'}), ('no class token', {'fc_norm'}),
                            ('norms in the attention', {'norm'}), ('features',
                                                                   set())):
         stock, peft = peft_of(variant, 'SSF+RepAdapter:dim=4+LNTune')
@@ -207,7 +207,8 @@ def test_prompts_are_tokens_of_the_sequence(variant, fused, image):
     for a, b in zip(run(stock, image), run(empty, image)):
         assert (a - b).abs().max() < 1e-5 * a.abs().max()
     peft = inject(
-        copy.deepcopy(stock), 'VPTShallow:num_tokens=3',
+        copy.deepcopy(stock),
+        'VPTShallow:num_tokens=3',
         allow_random_base=True).eval()
     prompts = peft.peft.vpt_shallow.weight.expand(2, -1, -1)
     blocks = model_in(stock).blocks
@@ -287,8 +288,10 @@ def test_grid_follows_the_image_and_the_copy():
     twin = copy.deepcopy(peft)
     run(twin, torch.randn(1, 3, 16, 64))
     assert grid.hw_shape == (5, 4)
-    grids = {id(b.module.peft.grid): b.module.peft.grid
-             for b in blocks_of(twin)}
+    grids = {
+        id(b.module.peft.grid): b.module.peft.grid
+        for b in blocks_of(twin)
+    }
     assert [g.hw_shape for g in grids.values()] == [(2, 8)]
 
 
@@ -336,7 +339,8 @@ def test_side_networks_join_each_output_once(variant, image):
     else:
         extra = model.num_prefix_tokens
         expected = [(ys[i] + sum(ys[:i + 1]))[:, extra:].transpose(
-            1, 2).reshape(plain[0].shape) for i in stock.timm_model.out_indices]
+            1, 2).reshape(plain[0].shape)
+                    for i in stock.timm_model.out_indices]
     assert equal(run(peft, image), expected)
     twin = copy.deepcopy(peft)
     twin.peft.sum.weight.data.zero_()
@@ -373,14 +377,43 @@ def test_final_norm():
         peft_of('features', 'Partial:final_norm=True')
 
 
+def test_parts_of_a_forward(image):
+    """What runs the blocks of timm's models is not always a forward."""
+    methods = [dict(type='VPTShallow', num_tokens=2), dict(type=Sum)]
+    _, peft = peft_of('tokens', methods)
+    model = peft.timm_model.eval()
+    expected = [o.detach() for o in peft(image)]
+    for _ in range(2):
+        found = model.forward_head(model.forward_features(image))
+        assert torch.equal(found, expected[0])
+
+
+def test_checkpointing_of_timm(image):
+    """Around a block and not inside: fine, unless tokens go through all."""
+    grads = []
+    for on in (False, True):
+        _, peft = peft_of('tokens', 'Mona:dim=4+VPTDeep:num_tokens=2+BitFit')
+        peft.timm_model.set_grad_checkpointing(on)
+        sum((o**2).mean() for o in run(peft, image)).backward()
+        grads.append([p.grad for p in peft.parameters() if p.requires_grad])
+    assert equal(*grads)
+    _, peft = peft_of('tokens', 'VPTShallow:num_tokens=2')
+    peft.timm_model.set_grad_checkpointing()
+    outs = run(peft, image)
+    with pytest.raises(PEFTError, match='did not reach timm_model.blocks.2'):
+        outs[0].sum().backward()
+
+
 # --------------------------------------------------- weights, configs, models
 def test_weights_that_timm_loads_are_the_base(tmp_path, image):
     """They arrive in the constructor, and init_weights leaves them."""
     path = str(tmp_path / 'vit.pth')
     stock = stock_of('tokens')
     torch.save(stock.timm_model.state_dict(), path)
-    build = partial(PEFTBackbone, BASE['type'], 'LoRA:rank=2',
-                    **{k: v for k, v in BASE.items() if k != 'type'})
+    build = partial(PEFTBackbone, BASE['type'], 'LoRA:rank=2', **{
+        k: v
+        for k, v in BASE.items() if k != 'type'
+    })
     peft = build(num_classes=0, checkpoint_path=path)
     start = {k: v.clone() for k, v in peft.state_dict().items()}
     peft.init_weights()
@@ -432,8 +465,10 @@ def test_a_bare_model(image):
     """Its head is no part of the backbone."""
     torch.manual_seed(0)
     model = timm.create_model(
-        **{k: v
-           for k, v in BASE.items() if k != 'type'}, num_classes=5)
+        **{
+            k: v
+            for k, v in BASE.items() if k != 'type'
+        }, num_classes=5)
     total = sum(p.numel() for p in model.parameters())
     whole = nn.ModuleDict(dict(encoder=copy.deepcopy(model)))
     for at, owner in (('', model), ('encoder', whole)):
@@ -441,8 +476,9 @@ def test_a_bare_model(image):
         vit = owner.get_submodule(at)
         assert vit.peft.gridless == {'mona': ['blocks.2']}
         trained = {n for n, p in vit.named_parameters() if p.requires_grad}
-        assert {n for n in trained if 'peft' not in n
-                } == {'head.weight', 'head.bias'}
+        assert {n
+                for n in trained
+                if 'peft' not in n} == {'head.weight', 'head.bias'}
         counts = count_params(owner)
         assert counts['backbone_total'] == total - 5 * 17
         assert counts['backbone_trainable'] == counts['backbone_added']
@@ -451,9 +487,9 @@ def test_a_bare_model(image):
 
 
 @pytest.mark.parametrize('method,name,trainable,millions', [
-    row for row in ROWS if row[0].split(':')[0] in (
-        'Full', 'BitFit', 'LNTune', 'Partial', 'LoRA', 'Mona', 'SSF',
-        'FacTTK', 'E3VA', 'LST')
+    row for row in ROWS
+    if row[0].split(':')[0] in ('Full', 'BitFit', 'LNTune', 'Partial', 'LoRA',
+                                'Mona', 'SSF', 'FacTTK', 'E3VA', 'LST')
 ])
 def test_counts_of_vit_b(method, name, trainable, millions, monkeypatch):
     """The same as mmpretrain's, and as the table of facts."""

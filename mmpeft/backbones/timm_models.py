@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .base import SiteMap, class_path
 from .grid import Grid
+from .prenorm import PreNormForward
 
-__all__ = ['StemGrid', 'TimmSites', 'is_a']
+__all__ = ['StemGrid', 'TimmForward', 'TimmSites', 'is_a']
 
 #: What mmpretrain and mmseg put around a timm model, as ``timm_model``.
 WRAPPERS = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone',
@@ -27,6 +28,16 @@ def is_a(module: object, paths: Sequence[str]) -> bool:
     timm itself is never imported here.
     """
     return not {class_path(c) for c in type(module).__mro__}.isdisjoint(paths)
+
+
+class TimmForward(PreNormForward):
+    """What both forwards call alike."""
+
+    # Stock blocks do not checkpoint; set it on one to have it do so.
+    with_cp = False
+    attn_drop_path = property(lambda self: self.drop_path1)
+    ffn_drop_path = property(lambda self: self.drop_path2)
+    joined_attention = property(lambda self: self.attn)
 
 
 class StemGrid(Grid):
@@ -114,11 +125,14 @@ class TimmSites(SiteMap):
         return sorted(i % count for i in wanted)
 
     @classmethod
+    def attention(cls, block: nn.Module) -> nn.Module:
+        return block.attn
+
+    @classmethod
     def drop_path(cls, block: nn.Module) -> float:
         return float(getattr(block.drop_path1, 'drop_prob', 0.))
 
     @classmethod
     def left_alone(cls, backbone: nn.Module) -> List[str]:
         # The head of a bare model is no part of the backbone.
-        return ['head', 'head_dist'] if is_a(backbone,
-                                             cls.model_types) else []
+        return ['head', 'head_dist'] if is_a(backbone, cls.model_types) else []

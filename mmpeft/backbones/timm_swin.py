@@ -1,5 +1,5 @@
 """Swin Transformer blocks of timm."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from torch import Tensor
@@ -9,21 +9,15 @@ from ..registry import SITE_MAPS
 from ..sites import Site, TokenLayout
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
-from .prenorm import PreNormForward
 from .swin import JoinedWindowMSA
-from .timm_models import GETTERS, NETS, TimmSites, is_a
+from .timm_models import NETS, TimmForward, TimmSites, is_a
+from .timm_stages import JoinedStages, join_norm
 
 __all__ = ['TimmSwinSites']
 
 
-class TimmSwinForward(PreNormForward):
+class TimmSwinForward(TimmForward):
     """The stock forward, whose stream is a map with channels last."""
-
-    # Stock blocks do not checkpoint; set it on one to have it do so.
-    with_cp = False
-    attn_drop_path = property(lambda self: self.drop_path1)
-    ffn_drop_path = property(lambda self: self.drop_path2)
-    joined_attention = property(lambda self: self.attn)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)"""
@@ -47,53 +41,6 @@ class JoinedTimmWindows(JoinedWindowMSA):
         if extra is not None and not extra[0].shape[1]:
             extra = (extra[0].new_zeros(1, 0, self.proj.in_features), ) * 2
         return joined, extra
-
-
-def joined(stream: Stream, stage: int, x: Tensor) -> Tensor:
-    """A map (B, H, W, C) with what joins the output of a stage."""
-    return stream.output(x.flatten(1, 2), stage).unflatten(1, x.shape[1:3])
-
-
-def join_norm(norm: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of the norm of an output."""
-    return (joined(*norm._peft_output, args[0]), *args[1:])
-
-
-class JoinedStages:
-    """Outputs of stages without a norm, with side networks joined.
-
-    The stream goes on as it is, so what an output will be is kept at the end
-    of its stage, and given in its place when all are collected.
-
-    Args:
-        stream (Stream): What travels beside the tokens.
-        places (dict[int, int]): By stage, the place of its output in the
-            result.
-    """
-
-    def __init__(self, stream: Stream, places: Dict[int, int]) -> None:
-        self.stream = stream
-        self.places = places
-        self.kept: Dict[int, Tensor] = {}
-
-    def begin(self, net: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of the net: forget what an error left."""
-        self.kept = {}
-
-    def keep(self, stage: nn.Module, args: tuple, output: Tensor) -> None:
-        """Forward hook of a stage, which the side networks are at."""
-        number = self.stream.stage
-        self.kept[self.places[number]] = joined(self.stream, number, output)
-
-    def give(self, net: nn.Module, args: tuple, outputs: Any) -> Any:
-        """Forward hook of the net that collects the outputs."""
-        keys = [*outputs] if isinstance(outputs, dict) else range(len(outputs))
-        for place, x in self.kept.items():
-            # A getter turns maps to channels first.
-            outputs[keys[place]] = x.permute(0, 3, 1, 2).contiguous() \
-                if is_a(net, GETTERS) else x
-        self.kept = {}
-        return outputs
 
 
 @SITE_MAPS.register_module()
@@ -131,10 +78,6 @@ class TimmSwinSites(TimmSites):
                 f'{attn.proj.in_features} channels (head_dim) and its tokens '
                 f'{attn.dim}.')
         return super().site(block, name)
-
-    @classmethod
-    def attention(cls, block: nn.Module) -> nn.Module:
-        return block.attn
 
     @classmethod
     def embed_dims(cls, block: nn.Module) -> int:

@@ -12,8 +12,8 @@ from ..sites import TOKEN_SITES, Site
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
 from .grid import layout_of, watch_stem
-from .prenorm import JoinedAttention, PreNormForward
-from .timm_models import StemGrid, TimmSites, is_a
+from .prenorm import JoinedAttention
+from .timm_models import StemGrid, TimmForward, TimmSites, is_a
 
 __all__ = ['TimmViTSites']
 
@@ -21,14 +21,8 @@ ATTENTION = ('timm.layers.attention.Attention',
              'timm.models.vision_transformer.Attention')
 
 
-class TimmViTForward(PreNormForward):
+class TimmViTForward(TimmForward):
     """The stock forward; the shape of the map comes from the stem."""
-
-    # Stock blocks do not checkpoint; set it on one to have it do so.
-    with_cp = False
-    attn_drop_path = property(lambda self: self.drop_path1)
-    ffn_drop_path = property(lambda self: self.drop_path2)
-    joined_attention = property(lambda self: self.attn)
 
     def forward(self,
                 x: Tensor,
@@ -76,9 +70,8 @@ class JoinedTimmAttention(JoinedAttention):
 
         q, k, v = self.q_norm(heads(q)), self.k_norm(heads(k)), heads(v)
         # (B or 1, p, C) -> (B, heads, p, C / heads), in autocast's precision
-        keys, values = (
-            heads(e.to(t.dtype).expand(len(t), -1, -1))
-            for e, t in zip(extra, (k, v)))
+        keys, values = (heads(e.to(t.dtype).expand(len(t), -1, -1))
+                        for e, t in zip(extra, (k, v)))
         out = self.attend(q, torch.cat([keys, k], dim=2),
                           torch.cat([values, v], dim=2))
         out = self.norm(out.transpose(1, 2).flatten(2))
@@ -142,10 +135,6 @@ class TimmViTSites(TimmSites):
                 f'of the plain attention can join, and it has '
                 f'{type(module.attn).__name__}.')
         return super().site(block, name)
-
-    @classmethod
-    def attention(cls, block: nn.Module) -> nn.Module:
-        return block.attn
 
     @classmethod
     def embed_dims(cls, block: nn.Module) -> int:
