@@ -1,9 +1,9 @@
 """Join methods and block families: build stock, freeze, attach, guard."""
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Union
 
 import torch.nn as nn
 
-from .attach import Build, attach
+from .build import Build, attach
 from .backbones.attached import disconnect
 from .backbones.base import Block, family_names, find_family
 from .errors import PEFTError, SiteError
@@ -14,7 +14,7 @@ from .plan import MethodPlan, parse_methods
 from .registry import MODELS
 from .state import PEFTState, guard
 
-__all__ = ['PEFTBackbone', 'inject', 'eject']
+__all__ = ['PEFTBackbone', 'Prepared', 'eject', 'inject', 'prepare']
 
 MethodCfg = Union[dict, str, Sequence[Union[dict, str]]]
 
@@ -88,6 +88,42 @@ def inject(backbone: nn.Module,
 
     Arguments and errors are those of :func:`PEFTBackbone`.
     """
+    prepared = prepare(backbone, method, allow_random_base, eval_frozen)
+    frozen = _expand(backbone, freeze)
+    alone = prepared.build.family.left_alone(backbone)
+    for name, parameter in backbone.named_parameters():
+        if not _below(name, alone):
+            parameter.requires_grad = (
+                name in prepared.trained and name not in frozen)
+    attach(backbone, prepared.state, prepared.build)
+    backbone.peft = prepared.state
+    guard(backbone)
+    collapse_frozen_warnings()
+    return backbone
+
+
+class Prepared(NamedTuple):
+    """Methods for a backbone, built and checked, but not attached.
+
+    Attributes:
+        build (Build): What will be attached, and where.
+        state (PEFTState): What the backbone will remember.
+        trained (set[str]): Names of the stock parameters that train.
+    """
+
+    build: Build
+    state: PEFTState
+    trained: set
+
+
+def prepare(backbone: nn.Module,
+            method: MethodCfg,
+            allow_random_base: bool = False,
+            eval_frozen: bool = False) -> Prepared:
+    """Build methods for a backbone, which is only read.
+
+    Arguments and errors are those of :func:`PEFTBackbone`.
+    """
     blocks = _blocks_of(backbone)
     plans = parse_methods(method)
     if isinstance(getattr(backbone, 'peft', None), PEFTState):
@@ -95,12 +131,9 @@ def inject(backbone: nn.Module,
                         'all of them as one list.')
     unreached = blocks[0].family.unreached(backbone)
     reached = [b for b in blocks if not _below(b.path, unreached)]
-    # Everything is resolved and checked before the backbone is touched.
     build = Build(backbone, plans, reached)
     trained = _selected(backbone, plans, reached, unreached)
     trained |= build.trained
-    frozen = _expand(backbone, freeze)
-
     state = PEFTState(
         plans=[p.cfg for p in plans],
         skipped=[b.path for b in blocks if b not in reached],
@@ -108,15 +141,7 @@ def inject(backbone: nn.Module,
         eval_frozen=eval_frozen,
         gridless=build.gridless,
         stream=build.stream)
-    alone = blocks[0].family.left_alone(backbone)
-    for name, parameter in backbone.named_parameters():
-        if not _below(name, alone):
-            parameter.requires_grad = name in trained and name not in frozen
-    attach(backbone, state, build)
-    backbone.peft = state
-    guard(backbone)
-    collapse_frozen_warnings()
-    return backbone
+    return Prepared(build, state, trained)
 
 
 def eject(backbone: nn.Module) -> nn.Module:

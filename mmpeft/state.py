@@ -56,6 +56,7 @@ class PEFTState(nn.Module):
         """Undo :func:`guard`."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         for name in ('init_weights', 'train'):
             backbone.__dict__.pop(name, None)
 
@@ -101,12 +102,16 @@ def settle(backbone: nn.Module) -> None:
     state.unsettled.clear()
 
 
-def guard(backbone: nn.Module) -> None:
+def guard(backbone: nn.Module, fresh: bool = True) -> None:
     """Protect frozen weights and fresh adapters from the stock machinery.
 
     The class of the backbone must stay the stock one (mmpretrain migrates old
     keys only ``if self.__class__ is SwinTransformer``), so two methods are
     bound to the instance. Bound methods follow a deep copy.
+
+    Args:
+        backbone (nn.Module): With everything attached.
+        fresh (bool): Whether that was just made, and is to be started.
     """
     state = backbone.peft
     if hasattr(type(backbone), 'init_weights'):
@@ -124,8 +129,9 @@ def guard(backbone: nn.Module) -> None:
             backbone.register_forward_pre_hook(begin),
             backbone.register_forward_hook(end, always_call=True),
         ]
-    state.unsettled = {name for name, _ in layer_modules(backbone)}
-    settle(backbone)
+    if fresh:
+        state.unsettled = {name for name, _ in layer_modules(backbone)}
+        settle(backbone)
     backbone.train(backbone.training)
 
 

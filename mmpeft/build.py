@@ -159,7 +159,7 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
     family, stream = build.family, build.stream
     reference = next(iter(backbone.parameters()))
     for name, child in [*build.shared.items(), *build.networks.items()]:
-        if hasattr(state, name):
+        if getattr(state, name, child) is not child:
             raise PEFTError(f'name={name!r} is taken; choose another.')
         # What is attached follows the backbone's device and precision.
         state.add_module(name, child.to(reference))

@@ -1,0 +1,311 @@
+"""Several tasks on one base: deltas that take turns in one model."""
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .build import attach as put
+from .delta import fingerprint, peft_states, source_text, unwrap
+from .delta_file import Header, read_delta
+from .errors import MergeError, PEFTError
+from .injection import Prepared, eject, prepare
+from .merge import merged_state_dict
+from .state import guard
+
+__all__ = [
+    'active', 'attach', 'detach', 'disable', 'list_tasks', 'merge_tasks',
+    'set_active'
+]
+
+KEY = '_peft_tasks'
+
+
+@dataclass
+class Task:
+    """One delta, ready to be put in.
+
+    Attributes:
+        header (Header): Of its file.
+        prepared (dict): By path of a backbone, what is attached there; the
+            modules are built once and keep their weights.
+        stock (dict): What it has instead of tensors of the base: heads,
+            norms, biases, statistics.
+    """
+
+    header: Header
+    prepared: Dict[str, Prepared]
+    stock: Dict[str, Tensor]
+
+
+@dataclass
+class Tasks:
+    """The tasks of a model, in a plain attribute: no key changes.
+
+    Attributes:
+        found (OrderedDict): By name.
+        base (dict): The model's own tensors, of those that tasks replace.
+        active (str, optional): The one that is in; None is the base.
+    """
+
+    found: 'OrderedDict[str, Task]'
+    base: Dict[str, Tensor]
+    active: Optional[str] = None
+
+
+def attach(model: nn.Module,
+           delta: str,
+           name: str,
+           activate: bool = True) -> nn.Module:
+    """Add a delta to a model that holds its base.
+
+    Examples:
+        >>> model = init_detector(stock_config, base)
+        >>> mmpeft.attach(model, 'cars_delta.safetensors', 'cars')
+        >>> mmpeft.attach(model, 'ships_delta.safetensors', 'ships')
+        >>> mmpeft.set_active(model, 'cars')
+
+    Args:
+        model (nn.Module): The stock model; nothing of it is copied but what
+            a delta replaces, such as the head.
+        delta (str): A file as ``PEFTCheckpointHook`` writes it.
+        name (str): What it is called from now on.
+        activate (bool): Whether to put it in at once. Defaults to True.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        PEFTError: If the file is damaged or of another base, if the model
+            has methods attached by its config, or if the name is taken; then
+            the model is unchanged.
+    """
+    model = unwrap(model)
+    known = getattr(model, KEY, None)
+    if known is None:
+        if peft_states(model):
+            raise PEFTError('This model has methods attached by its config; '
+                            'tasks are added to the stock model.')
+        known = Tasks(OrderedDict(), {})
+    if name in known.found:
+        raise PEFTError(f'There is a task {name!r} already; detach it first, '
+                        'or choose another name.')
+    tensors, header = read_delta(delta)
+    before = known.active
+    set_active(model, None)
+    try:
+        task = _make(model, tensors, header, delta)
+        _remember(model, known, task)
+        known.found[name] = task
+        model.__dict__[KEY] = known
+        if any(p.build.modules or p.build.networks or p.build.shared
+               for p in task.prepared.values()):
+            _load(model, known, name, tensors)
+    except BaseException:
+        known.found.pop(name, None)
+        if before is not None:
+            set_active(model, before)
+        raise
+    set_active(model, name if activate else before)
+    return model
+
+
+def list_tasks(model: nn.Module) -> List[str]:
+    """Names of the tasks of a model, in the order they were attached."""
+    known = getattr(unwrap(model), KEY, None)
+    return list(known.found) if known else []
+
+
+def active(model: nn.Module) -> Optional[str]:
+    """Name of the task that is in; None if that is the base."""
+    known = getattr(unwrap(model), KEY, None)
+    return known.active if known else None
+
+
+def set_active(model: nn.Module, name: Optional[str]) -> None:
+    """Put in another task, or none.
+
+    What one leaves and the next needs is moved; nothing is built, and the
+    base is not copied.
+
+    Raises:
+        PEFTError: If there is no task of that name.
+    """
+    model = unwrap(model)
+    known = getattr(model, KEY, None)
+    if name is not None and (known is None or name not in known.found):
+        raise PEFTError(f'There is no task {name!r}; there are '
+                        f'{", ".join(list_tasks(model)) or "none"}.')
+    if known is None or name == known.active:
+        return
+    if known.active is not None:
+        _take_out(model, known)
+    if name is not None:
+        task = known.found[name]
+        for path, prepared in task.prepared.items():
+            backbone = model.get_submodule(path)
+            put(backbone, prepared.state, prepared.build)
+            backbone.peft = prepared.state
+            guard(backbone, fresh=False)
+        _write(model, task.stock)
+    known.active = name
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Forget a task; without the last one the model is stock again.
+
+    Raises:
+        PEFTError: If there is no task of that name.
+    """
+    model = unwrap(model)
+    if name not in list_tasks(model):
+        raise PEFTError(f'There is no task {name!r}; there are '
+                        f'{", ".join(list_tasks(model)) or "none"}.')
+    known = getattr(model, KEY)
+    if known.active == name:
+        set_active(model, None)
+    del known.found[name]
+    if not known.found:
+        del model.__dict__[KEY]
+
+
+@contextmanager
+def disable(model: nn.Module) -> Iterator[nn.Module]:
+    """The base, bit for bit, for as long as this lasts."""
+    name = active(model)
+    set_active(model, None)
+    try:
+        yield model
+    finally:
+        set_active(model, name)
+
+
+def merge_tasks(model: nn.Module, weights: Dict[str, float],
+                rest: str) -> 'OrderedDict[str, Tensor]':
+    """State dict of the stock model with a weighted sum of changes.
+
+    ``W = W_0 + sum_t w_t (W_t - W_0)`` in float64, rounded once, for the
+    weights that were changed by what is merged; heads and whatever else a
+    task replaces cannot be averaged and are those of one task.
+
+    Args:
+        model (nn.Module): With the tasks attached.
+        weights (dict[str, float]): By name of a task.
+        rest (str): The task whose heads are taken.
+
+    Raises:
+        MergeError: If a method cannot be merged, or trains stock weights of
+            the backbone, which then have no change that could be weighted.
+        PEFTError: If there is no such task.
+    """
+    model = unwrap(model)
+    known = getattr(model, KEY, Tasks(OrderedDict(), {}))
+    with disable(model):
+        base = OrderedDict(
+            (k, v.clone()) for k, v in model.state_dict().items())
+    for name in {*weights, rest}:
+        if name not in known.found:
+            raise PEFTError(f'There is no task {name!r}; there are '
+                            f'{", ".join(list_tasks(model)) or "none"}.')
+        inside = [
+            k for k in known.found[name].stock if any(
+                k.startswith(f'{p}.' if p else '')
+                for p in known.found[name].prepared)
+        ]
+        if inside:
+            raise MergeError(
+                f'Task {name!r} trains {len(inside)} stock tensors of the '
+                f'backbone, such as {inside[0]!r}; only methods that add to '
+                'frozen weights can be summed, such as LoRA.')
+    before, total = known.active, {}
+    try:
+        for name, weight in weights.items():
+            set_active(model, name)
+            merged = merged_state_dict(model)
+            for key in set(merged) - set(known.found[name].stock):
+                if not torch.equal(merged[key], base[key]):
+                    change = merged[key].double() - base[key].double()
+                    total[key] = total.get(key, 0) + weight * change
+    finally:
+        set_active(model, before)
+    for key, change in total.items():
+        base[key] = (base[key].double() + change).to(base[key].dtype)
+    base.update((k, v.clone()) for k, v in known.found[rest].stock.items())
+    return base
+
+
+def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
+          path: str) -> Task:
+    """Everything a task needs, checked; the model is stock and is only
+    read."""
+    own = model.state_dict(keep_vars=True)
+    names = header.base['names']
+    lost = [n for n in names if n not in own]
+    if lost:
+        raise PEFTError(f'{path} belongs to another model: this one has no '
+                        f'{lost[0]!r}, nor {len(lost) - 1} others of its '
+                        'base.')
+    if fingerprint({n: own[n] for n in names}) != header.base['fingerprint']:
+        raise PEFTError(
+            f'{path} was trained on another base than the {len(names)} '
+            f'weights of this model; {source_text(header)}')
+    prepared = {
+        at:
+        prepare(
+            model.get_submodule(at), [dict(m) for m in about['method']],
+            allow_random_base=True)
+        for at, about in header.backbones.items()
+    }
+    stock = {
+        k: v
+        for k, v in tensors.items()
+        if '.peft.' not in f'.{k}' and k not in set(names)
+    }
+    for key, value in stock.items():
+        if key not in own or own[key].shape != value.shape:
+            here = tuple(own[key].shape) if key in own else 'missing'
+            raise PEFTError(f'{path}: {key!r} is {tuple(value.shape)}, and '
+                            f'in this model it is {here}.')
+    return Task(header, prepared, stock)
+
+
+def _remember(model: nn.Module, known: Tasks, task: Task) -> None:
+    own = model.state_dict()
+    for key in task.stock:
+        if key not in known.base:
+            known.base[key] = own[key].clone()
+
+
+def _load(model: nn.Module, known: Tasks, name: str,
+          tensors: Dict[str, Tensor]) -> None:
+    """Write the attached tensors once, with the task in its place."""
+    set_active(model, name)
+    mine = {k: v for k, v in tensors.items() if '.peft.' in f'.{k}'}
+    wanted = {k for k in model.state_dict() if '.peft.' in f'.{k}'}
+    if set(mine) != wanted:
+        odd = sorted(set(mine) ^ wanted)
+        set_active(model, None)
+        raise PEFTError(f'The delta of {name!r} does not fit this model: '
+                        f'{len(odd)} tensors differ, such as {odd[0]!r}.')
+    model.load_state_dict(mine, strict=False)
+    set_active(model, None)
+
+
+def _take_out(model: nn.Module, known: Tasks) -> None:
+    task = known.found[known.active]
+    own = model.state_dict(keep_vars=True)
+    # What moved while it was in stays with it.
+    task.stock = {k: own[k].detach().clone() for k in task.stock}
+    for path in task.prepared:
+        eject(model.get_submodule(path))
+    _write(model, {k: known.base[k] for k in task.stock})
+
+
+def _write(model: nn.Module, values: Dict[str, Any]) -> None:
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in values.items():
+            own[key].data.copy_(value)
