@@ -38,6 +38,11 @@ HOW_TO_GET = {
     f'get ADE20K (ADEChallengeData2016) as {_SEG_DOCS}#ade20k says',
     'PascalContextDataset':
     f'get VOC 2010 and its context labels as {_SEG_DOCS}#pascal-context says',
+    'CityscapesDataset':
+    f'get Cityscapes with its label files as {_SEG_DOCS}#cityscapes says',
+    'CUB':
+    'get CUB-200-2011 at '
+    'https://www.vision.caltech.edu/datasets/cub_200_2011/',
 }
 # Weights that a command of this project makes.
 HOW_TO_MAKE = {'swin-nano_source.pth': 'make them with `make demo`, or '}

@@ -1,0 +1,3 @@
+_base_ = '../_base_/upernet_vit-b_pascal-context.py'
+model = dict(
+    backbone=dict(method=dict(type='BAPAT', dim=128, adaptformer_dim=64)))

@@ -1,0 +1,2 @@
+_base_ = '../_base_/vit-b_vtab.py'
+model = dict(backbone=dict(method=dict(type='Frozen')))

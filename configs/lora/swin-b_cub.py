@@ -1,0 +1,3 @@
+_base_ = '../_base_/swin-b_cub.py'
+model = dict(
+    backbone=dict(method=dict(type='LoRA', rank=64, targets=('q', 'v'))))

@@ -1,0 +1,3 @@
+_base_ = '../_base_/vit-b_vtab.py'
+model = dict(
+    backbone=dict(method=dict(type='LoRA', rank=64, targets=('q', 'v'))))
