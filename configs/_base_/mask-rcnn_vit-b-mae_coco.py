@@ -1,7 +1,7 @@
 # Mask R-CNN, ViT-B/16 of MAE, COCO: the stock Swin-T 1x recipe. Two stock
 # necks in a row make the levels: mmseg's pyramid for ViT, with maps of strides
-# 4 to 32, then the FPN. Learning rate of the recipe: 1e-4 for 16 images (8 GPUs x
-# 2).
+# 4 to 32, then the FPN. Learning rate of the recipe: 1e-4 for 16 images (8
+# GPUs x 2).
 _base_ = [
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     './parts/vit_backbones.py'

@@ -1,6 +1,6 @@
 # Mask2Former, ViT-B/16 of MAE, ADE20K: the stock Swin-S recipe, with
-# mmseg's pyramid for ViT before the head. Learning rate of the recipe: 1e-4 for 16
-# images (8 GPUs x 2), a tenth of it in the backbone, and so for what is
+# mmseg's pyramid for ViT before the head. Learning rate of the recipe: 1e-4
+# for 16 images (8 GPUs x 2), a tenth of it in the backbone, and so for what is
 # attached to it.
 _base_ = __import__('mmpeft') and [
     'mmseg::mask2former/mask2former_swin-s_8xb2-160k_ade20k-512x512.py',

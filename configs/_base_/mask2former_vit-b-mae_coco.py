@@ -1,6 +1,6 @@
 # Mask2Former, ViT-B/16 of MAE, COCO instances: the stock Swin-S recipe, with
-# mmseg's pyramid for ViT before the head. Learning rate of the recipe: 1e-4 for 16
-# images (8 GPUs x 2), a tenth of it in the backbone, and so for what is
+# mmseg's pyramid for ViT before the head. Learning rate of the recipe: 1e-4
+# for 16 images (8 GPUs x 2), a tenth of it in the backbone, and so for what is
 # attached to it.
 _base_ = __import__('mmpeft') and [
     'mmdet::mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py',
