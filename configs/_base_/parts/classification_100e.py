@@ -29,5 +29,5 @@ test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=3),
     peft_report=dict(type='mmpeft.PEFTReportHook'))
