@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 from .backbones.attached import BlockPEFT
 from .backbones.base import Block
 from .errors import PEFTError
-from .methods.base import PEFTModule
+from .methods.base import Method, PEFTModule
 from .methods.side import SideNetwork
 from .registry import METHODS
 
@@ -206,7 +206,7 @@ def _find(name: Union[str, type]) -> type:
         cls = METHODS.get(name) if '.' in name else None
     except (RuntimeError, ImportError):
         cls = None
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise PEFTError(f'There is no method {name!r}'
                         f'{_nearest(name, known)}. Known: {", ".join(known)}.')
     return cls

@@ -14,6 +14,7 @@ from .delta_file import Header, read_delta
 from .errors import MergeError, PEFTError
 from .injection import Prepared, eject, prepare
 from .merge import merged_state_dict
+from .registry import METHODS
 from .state import guard
 
 __all__ = [
@@ -252,13 +253,11 @@ def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
         raise PEFTError(
             f'{path} was trained on another base than the {len(names)} '
             f'weights of this model; {source_text(header)}')
-    prepared = {
-        at:
-        prepare(
-            model.get_submodule(at), [dict(m) for m in about['method']],
-            allow_random_base=True)
-        for at, about in header.backbones.items()
-    }
+    prepared = {}
+    for at, about in header.backbones.items():
+        methods = [_known_method(m, path) for m in about['method']]
+        prepared[at] = prepare(
+            model.get_submodule(at), methods, allow_random_base=True)
     stock = {
         k: v
         for k, v in tensors.items()
@@ -270,6 +269,16 @@ def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
             raise PEFTError(f'{path}: {key!r} is {tuple(value.shape)}, and '
                             f'in this model it is {here}.')
     return Task(header, prepared, stock)
+
+
+def _known_method(method: dict, path: str) -> dict:
+    """A method config from a file: never a name that would be imported."""
+    METHODS.import_from_location()
+    if not isinstance(method,
+                      dict) or method.get('type') not in METHODS.module_dict:
+        raise PEFTError(f'{path} names a method that is not registered: '
+                        f'{method!r:.80}.')
+    return dict(method)
 
 
 def _remember(model: nn.Module, known: Tasks, task: Task) -> None:

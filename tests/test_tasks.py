@@ -184,3 +184,21 @@ def test_refusals_leave_the_model_alone(image, tmp_path):
     mmpeft.detach(stock, 'a')
     assert torch.equal(stock(image), base)
     assert method_of('LoRA') is not None
+
+
+def test_names_in_a_file_are_not_imported(tmp_path):
+    from mmpeft.delta_file import read_delta, write_delta
+    stock, peft = models('LoRA')
+    file = str(tmp_path / 'a_delta.safetensors')
+    mmpeft.save_delta(peft, file)
+    tensors, header = read_delta(file)
+    header.backbones['backbone']['method'] = [
+        dict(type='subprocess.Popen', args=['touch',
+                                            str(tmp_path / 'ran')])
+    ]
+    write_delta(file, tensors, header)
+    with pytest.raises(PEFTError, match='not registered.*subprocess.Popen'):
+        mmpeft.attach(stock, file, 'a')
+    with pytest.raises(PEFTError, match="There is no method 'subprocess"):
+        mmpeft.apply(stock, dict(type='subprocess.Popen', args=['true']))
+    assert not (tmp_path / 'ran').exists()
