@@ -1,43 +1,14 @@
 """What travels in a wheel, and what it asks for."""
 import ast
-import shutil
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from downstream import ROOT, build_wheel
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """A wheel built by way of the source archive, in a copy."""
-    folder = tmp_path_factory.mktemp('packaging')
-    for name in ('mmpeft', 'configs', 'tools', 'requirements'):
-        shutil.copytree(
-            ROOT / name,
-            folder / name,
-            ignore=shutil.ignore_patterns('__pycache__', '.mim'))
-    for name in ('setup.py', 'setup.cfg', 'MANIFEST.in', 'README.md',
-                 'LICENSE', 'NOTICE', 'CITATION.cff', 'model-index.yml'):
-        shutil.copy(ROOT / name, folder / name)
-
-    def run(*args, cwd):
-        subprocess.run([sys.executable, *args],
-                       cwd=cwd,
-                       check=True,
-                       stdout=subprocess.PIPE,
-                       stderr=subprocess.STDOUT)
-
-    run('setup.py', '-q', 'sdist', cwd=folder)
-    archive, = (folder / 'dist').glob('*.tar.gz')
-    shutil.unpack_archive(archive, folder / 'unpacked')
-    unpacked, = (folder / 'unpacked').iterdir()
-    run('setup.py', '-q', 'bdist_wheel', cwd=unpacked)
-    path, = (unpacked / 'dist').glob('*.whl')
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(build_wheel(tmp_path_factory)) as archive:
         yield archive
 
 
