@@ -90,9 +90,14 @@ def strip_method(cfg: Config) -> Config:
     hooks = cfg.get('default_hooks') or {}
     for name in [n for n, h in hooks.items() if _is_ours(h)]:
         hooks.pop(name)
+    hooks = cfg.get('custom_hooks')
+    if hooks:
+        cfg.custom_hooks = [h for h in hooks if not _is_ours(h)]
     imports = cfg.get('custom_imports')
     if imports:
-        imports = [m for m in imports['imports'] if m != 'mmpeft']
+        imports = imports['imports']
+        imports = [imports] if isinstance(imports, str) else imports
+        imports = [m for m in imports if m.split('.')[0] != 'mmpeft']
         if imports:
             cfg.custom_imports['imports'] = imports
         else:

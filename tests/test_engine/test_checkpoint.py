@@ -28,6 +28,11 @@ def test_strip_method_gives_the_stock_config():
     assert stock.custom_imports.imports == ['mine']
     # The given config is as it was.
     assert cfg.model.backbone.type == 'mmpeft.PEFTBackbone'
+    cfg.custom_imports.imports = 'mmpeft'
+    ours, theirs = dict(type='mmpeft.RankBudgetHook'), dict(type='EMAHook')
+    cfg.custom_hooks = [ours, theirs]
+    stock = checkpoint.strip_method(cfg)
+    assert 'custom_imports' not in stock and stock.custom_hooks == [theirs]
 
 
 def test_files_are_told_apart_by_content(tmp_path):
