@@ -146,8 +146,8 @@ def test_declared_parameters_get_gradients(name, kind, image):
     optimizer = torch.optim.SGD(peft.parameters(), lr=.1)
     before = {n: p.clone() for n, p in peft.named_parameters()}
     seen = set()
-    # Drop-path is drawn anew: it may leave a branch out of a whole batch.
-    for seed in (4, 5):
+    # In the second step, if drop-path leaves no branch out of a whole batch.
+    for seed in range(4, 8):
         optimizer.zero_grad()
         loss_of(peft, image, seed).backward()
         seen |= {
@@ -156,6 +156,8 @@ def test_declared_parameters_get_gradients(name, kind, image):
             if p.grad is not None and p.grad.abs().sum() > 0
         }
         optimizer.step()
+        if seen == declared:
+            break
     assert seen == declared
     assert all(
         torch.equal(p, before[n]) for n, p in peft.named_parameters()
