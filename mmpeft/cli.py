@@ -22,6 +22,10 @@ def run(main: Callable[[], None]) -> None:
         cause = error
         while cause is not None and not isinstance(cause, PEFTError):
             cause = cause.__cause__ or cause.__context__
+        if cause is None and 'is not in the ' in str(error) and \
+                'registry' in str(error) and isinstance(error, KeyError):
+            # mmengine's answer to a type that nobody registered.
+            cause = str(error.args[0]).split('Please check')[0].strip()
         if cause is None or '--debug' in sys.argv:
             raise
         print(f'Error: {cause}', file=sys.stderr)

@@ -1,5 +1,6 @@
 """Join methods and block families: build stock, freeze, attach, guard."""
-from typing import Any, List, NamedTuple, Optional, Sequence, Union
+import difflib
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch.nn as nn
 
@@ -20,7 +21,7 @@ MethodCfg = Union[dict, str, Sequence[Union[dict, str]]]
 
 
 @MODELS.register_module()
-def PEFTBackbone(stock: Union[str, type],
+def PEFTBackbone(stock: Union[str, type, None] = None,
                  method: Optional[MethodCfg] = None,
                  freeze: Sequence[str] = (),
                  allow_random_base: bool = False,
@@ -58,6 +59,9 @@ def PEFTBackbone(stock: Union[str, type],
             or a pattern that matches nothing.
         SiteError: If the backbone lacks a site that the method needs.
     """
+    if stock is None:
+        raise PEFTError('PEFTBackbone needs the stock backbone, such as '
+                        "stock='mmdet.SwinTransformer'.")
     if method is None:
         raise PEFTError('PEFTBackbone needs a method, such as '
                         "method=dict(type='Mona'); method='Full' trains "
@@ -68,7 +72,15 @@ def PEFTBackbone(stock: Union[str, type],
             'attached modules again at every train(); remove it (the backbone '
             "is frozen already), or use PEFTBackbone(freeze=('patch_embed', "
             "'stages.0')) to keep stock parts frozen.")
-    backbone = MODELS.build(dict(type=stock, **kwargs))
+    try:
+        backbone = MODELS.build(dict(type=stock, **kwargs))
+    except KeyError as error:
+        if not isinstance(stock, str) or 'registry' not in str(error):
+            raise
+        raise PEFTError(
+            f'There is no stock backbone {stock!r}{_near(stock)}; write it as '
+            'in the stock config, with its library: '
+            "'mmdet.SwinTransformer'.") from error
     # timm-style backbones load while they are built.
     loaded = bool(getattr(backbone, '_is_init', False))
     return inject(
@@ -163,6 +175,14 @@ def eject(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
+def _near(name: str) -> str:
+    """Backbones of the library with a similar name."""
+    scope, dot, bare = name.rpartition('.')
+    with MODELS.switch_scope_and_registry(scope or None) as registry:
+        close = difflib.get_close_matches(bare, registry.module_dict, 1)
+    return f' (did you mean {scope + dot + close[0]!r}?)' if close else ''
+
+
 def _blocks_of(backbone: nn.Module) -> List[Block]:
     found = find_family(backbone)
     if not found:
@@ -192,7 +212,8 @@ def _below(name: str, roots: Sequence[str]) -> bool:
 def _selected(backbone: nn.Module, plans: Sequence[MethodPlan],
               blocks: Sequence[Block], unreached: Sequence[str]) -> set:
     """Names of the stock parameters that train."""
-    names = set()
+    names: set = set()
+    owners: Dict[str, str] = {}
     for plan in plans:
         if not plan.is_selector:
             continue
@@ -203,6 +224,13 @@ def _selected(backbone: nn.Module, plans: Sequence[MethodPlan],
             # They would train without ever getting a gradient, which
             # DistributedDataParallel takes for an error.
             chosen = {n for n in chosen if not _below(n, unreached)}
+        both = sorted(chosen & set(owners))
+        if both:
+            raise PEFTError(
+                f'{owners[both[0]]} and {plan.cls.__name__} would both train '
+                f'{len(both)} stock parameters, such as {both[0]!r}; leave '
+                'one of them out, or give them other blocks with `layers`.')
+        owners.update(dict.fromkeys(chosen, plan.cls.__name__))
         names |= chosen
     return names
 

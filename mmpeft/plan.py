@@ -23,6 +23,11 @@ def parse_methods(method: Union[dict, str, Sequence]) -> List['MethodPlan']:
     """
     if isinstance(method, (dict, str)):
         method = [method]
+    if not isinstance(method, (list, tuple)) or not all(
+            isinstance(item, (dict, str)) for item in method):
+        raise PEFTError("A method is a dict such as dict(type='Mona'), a text "
+                        "such as 'LoRA:rank=8+LNTune', or a list of such, but "
+                        f'got {method!r}.')
     cfgs = []
     for item in method:
         cfgs += parse_method_string(item) if isinstance(item, str) else [item]

@@ -120,7 +120,7 @@ def test_stock_forward(variant, image):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
     """Gradients of what is declared, copies, taking off."""
-    methods = [*ALL_SITES[:8], 'SSF', 'BitFit', 'LNTune']
+    methods = [*ALL_SITES[:8], 'SSF', 'BitFit']
     stock, peft = peft_of(variant, '+'.join(methods))
     outs = run(peft, image)
     assert not any(torch.equal(a, b) for a, b in zip(outs, run(stock, image)))

@@ -7,6 +7,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from ...backbones.base import find_family
+from ...config_checks import check_config
 from ...counting import count_params, part_counts
 from ...errors import PEFTError
 from ...frozen_warnings import collapse_frozen_warnings
@@ -46,6 +47,10 @@ class PEFTReportHook(Hook):
         self._silent_parameters: set = set()
         # The logger may be younger than the model.
         collapse_frozen_warnings()
+
+    def before_run(self, runner) -> None:
+        # Our tools have done this already; stock ones have not.
+        check_config(runner.cfg)
 
     def before_train(self, runner) -> None:
         model = _unwrap(runner.model)

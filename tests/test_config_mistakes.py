@@ -1,0 +1,110 @@
+"""Mistakes in a config: one sentence, before anything is trained."""
+import os.path as osp
+import subprocess
+import sys
+
+import pytest
+from conftest import peft_cfg, stock_cfg
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from mmpeft.config_checks import check_config
+from mmpeft.errors import PEFTError
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+METHODS = {
+    'Lora:rank=4': "no method 'Lora' .did you mean 'LoRA'",
+    'LoRA:rnk=4': "no argument 'rnk' .did you mean 'rank'",
+    'LoRA:rank=0': 'rank must be a whole number of at least 1, but got 0',
+    'LoRA:rank=64': 'rank=64 is larger than the width 16',
+    'LoRA:rank=2.5': 'whole number .* got 2.5',
+    'LoRA:targets=[q,x]': "targets=.'q', 'x'. must be .* q, k, v",
+    'Mona:dim=99': 'dim=99 is larger than the width 16',
+    'VPTDeep:num_tokens=0': 'num_tokens must be .* at least 1',
+    'LoRA:rank=4,layers=99': 'layers: 99 matches no block. There are',
+    'LoRA:rank=4,layers=foo.*': 'matches no block',
+    'LoRA:rank=4+LoRA:rank=4': "Two methods are named 'lora'",
+    'BitFit+LNTune': 'BitFit and LNTune would both train .*norm0.bias',
+    'Full+BitFit': 'Full and BitFit would both train',
+    'VPTShallow:num_tokens=2+VPTDeep:num_tokens=2': 'cannot stand together',
+}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_method(method):
+    pytest.importorskip('mmdet')
+    with pytest.raises(PEFTError, match=METHODS[method]):
+        MODELS.build(peft_cfg('mmdet', method))
+
+
+@pytest.mark.parametrize('change,match', [
+    (dict(method=3), 'A method is a dict .* got 3'),
+    (dict(method=[]), 'list of methods is empty'),
+    (dict(method=dict(rank=3)), 'needs a type'),
+    (dict(method=None), 'needs a method'),
+    (dict(stock=None), 'needs the stock backbone'),
+    (dict(stock='mmdet.SwinTransfomer'),
+     "no stock backbone 'mmdet.SwinTransfomer' .did you mean "
+     "'mmdet.SwinTransformer'"),
+    (dict(frozen_stages=1), 'frozen_stages=1 would freeze'),
+])
+def test_backbone(change, match):
+    pytest.importorskip('mmdet')
+    with pytest.raises(PEFTError, match=match):
+        MODELS.build(dict(peft_cfg('mmdet', 'LoRA:rank=4'), **change))
+
+
+def test_backbone_of_no_family():
+    pytest.importorskip('mmdet')
+    cfg = dict(
+        type='mmpeft.PEFTBackbone',
+        stock='mmdet.ResNet',
+        depth=18,
+        method='LoRA')
+    with pytest.raises(PEFTError, match='ResNet has no block mmpeft knows'):
+        MODELS.build(cfg)
+
+
+def config(backbone, **kwargs):
+    return Config(
+        dict(model=dict(type='mmdet.X', backbone=backbone), **kwargs))
+
+
+def test_config():
+    pytest.importorskip('mmdet')
+    good = peft_cfg('mmdet', 'LoRA:rank=4')
+    check_config(config(good))
+    check_config(config(stock_cfg('mmdet'), activation_checkpointing=['a']))
+    with pytest.raises(PEFTError, match='set with_cp=True'):
+        check_config(config(good, activation_checkpointing=['backbone']))
+    with pytest.raises(PEFTError, match='model.backbone has a method, but'):
+        check_config(config(dict(stock_cfg('mmdet'), method='LoRA')))
+    with pytest.raises(PEFTError, match="no method 'Mora'"):
+        check_config(config(dict(good, method='Mora')))
+
+
+@pytest.mark.parametrize('text,match', [
+    ("model = dict(backbone=dict(type='mmpeft.PEFTBackbon'))",
+     'mmpeft.PEFTBackbon is not in the'),
+    ("model = dict(backbone=dict(method='Lora'))", "did you mean 'LoRA'"),
+    ("activation_checkpointing = ['backbone']", 'set with_cp=True'),
+])
+def test_tools_say_it_in_one_sentence(tmp_path, text, match):
+    """Exit status 2, no traceback."""
+    pytest.importorskip('mmdet')
+    base = osp.join(ROOT, 'configs', 'mona', 'mask-rcnn_swin-nano_shapes.py')
+    file = tmp_path / 'config.py'
+    file.write_text(f'_base_ = {base!r}\n{text}\n'
+                    'train_dataloader = dict(dataset=dict(indices=2))\n')
+    done = subprocess.run([
+        sys.executable,
+        osp.join(ROOT, 'tools',
+                 'count_params.py' if 'Backbon\'' in text else 'train.py'),
+        str(file)
+    ],
+                          capture_output=True,
+                          text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 2, done.stderr[-1500:]
+    assert match in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'work_dirs').exists()
