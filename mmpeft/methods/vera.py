@@ -43,7 +43,7 @@ class Projections(nn.Module):
             for factor in self.pair(*shape):
                 # Kaiming-uniform for the gain of ReLU.
                 bound = math.sqrt(6 / factor.shape[1])
-                numbers = torch.empty(factor.shape)
+                numbers = torch.empty(factor.shape, device='cpu')
                 numbers.uniform_(-bound, bound, generator=generator)
                 factor.copy_(numbers)
 
