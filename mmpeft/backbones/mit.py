@@ -8,7 +8,7 @@ from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
-from .packed import NoIdentity, PackedAttention, PackedForward, PackedSites
+from .packed import NO_IDENTITY, PackedAttention, PackedForward, PackedSites
 
 __all__ = ['MiTSites']
 
@@ -27,11 +27,11 @@ class MiTForward(PackedForward):
 
     def run_mlp(self, normed: Tensor) -> Tensor:
         alone = normed.flatten(0, 1).unsqueeze(1)
-        branch = self.ffn(alone, (1, 1), identity=NoIdentity())
+        branch = self.ffn(alone, (1, 1), identity=NO_IDENTITY)
         return branch.view_as(normed)
 
     def run_map_mlp(self, normed: Tensor, layout: TokenLayout) -> Tensor:
-        return self.ffn(normed, layout.hw_shape, identity=NoIdentity())
+        return self.ffn(normed, layout.hw_shape, identity=NO_IDENTITY)
 
 
 class EfficientAttention(PackedAttention):

@@ -19,13 +19,8 @@ __all__ = ['InProjection', 'PackedAttention', 'PackedForward', 'PackedSites']
 # inverse since: the last bit differs.
 MULTIPLIES = digit_version(torch.__version__) >= digit_version('2.3.0')
 
-
-class NoIdentity:
-    """What stock modules get as identity, so that they return their branch
-    alone."""
-
-    def __add__(self, branch: Tensor) -> Tensor:
-        return branch
+# What stock modules get as identity, to return their branch alone.
+NO_IDENTITY = 0.
 
 
 class PackedForward(PreNormForward):
@@ -37,14 +32,14 @@ class PackedForward(PreNormForward):
     joined_attention = property(lambda self: self.attn.attn)
 
     def run_attention(self, normed: Tensor, *args: Any) -> Tensor:
-        branch = self.attn(normed, *args, identity=NoIdentity())
+        branch = self.attn(normed, *args, identity=NO_IDENTITY)
         attention = self.joined_attention
         if getattr(attention, 'seen', None) is not None:
             attention.seen = self.attn.proj_drop(attention.seen)
         return branch
 
     def run_mlp(self, normed: Tensor) -> Tensor:
-        return self.ffn(normed, identity=NoIdentity())
+        return self.ffn(normed, identity=NO_IDENTITY)
 
 
 class InProjection(nn.Module):
