@@ -48,8 +48,9 @@ def count_params(model: nn.Module,
     stages = {b.stage_path: b.stage for b in blocks}
     stock = added = trainable = 0
     by_stage = {str(s): 0 for s in sorted(set(stages.values()))}
-    alone = tuple(f'{p}.' for p in blocks[0].family.left_alone(backbone)
-                  ) if blocks else ()
+    alone = tuple(
+        f'{p}.'
+        for p in blocks[0].family.left_alone(backbone)) if blocks else ()
     for name, parameter in backbone.named_parameters():
         if name.startswith(alone):
             continue

@@ -4,9 +4,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch.nn as nn
 
-from .build import Build, attach
 from .backbones.attached import disconnect
 from .backbones.base import Block, family_names, find_family
+from .build import Build, attach
 from .errors import PEFTError, SiteError
 from .frozen_warnings import collapse_frozen_warnings
 from .methods.base import Selector

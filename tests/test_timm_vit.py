@@ -220,7 +220,7 @@ def test_prompts_are_tokens_of_the_sequence(variant, fused, image):
     model = model_in(stock)
     x = model.norm_pre(model._pos_embed(model.patch_embed(image)))
     model.blocks(x)
-    found = [b for b in run(peft, image)]
+    found = [*run(peft, image)]
     for i, y in enumerate(found):
         y = y if y.ndim == 3 else y.flatten(2).transpose(1, 2)
         expected = model.norm(outs[i - len(found)])
@@ -360,7 +360,7 @@ def test_features_that_nothing_was_cut_off(image):
     peft = inject(
         copy.deepcopy(net), 'LNTune+LoRA:rank=2', allow_random_base=True)
     assert peft.peft.skipped == ['model.blocks.2']
-    run_net = [o for o in peft(image)]
+    run_net = [*peft(image)]
     sum((o**2).mean() for o in run_net).backward()
     for name, parameter in peft.named_parameters():
         assert not parameter.requires_grad or parameter.grad is not None, name
