@@ -7,7 +7,10 @@ from torch import Tensor
 
 from .errors import PEFTError
 
-__all__ = ['STYLES', 'Report', 'Style', 'convert', 'hint', 'style_of']
+__all__ = [
+    'STYLES', 'SWIN', 'MM_SWIN', 'Report', 'Style', 'convert', 'hint',
+    'rename', 'reorder', 'style_of'
+]
 
 #: What may stand before the names of the backbone in a file.
 PREFIXES = ('backbone.', 'module.backbone.', 'module.', 'model.', '')
@@ -192,7 +195,7 @@ def convert(state: Dict[str, Tensor],
             report.renamed[key] = new
         if 'downsample.' in new and STYLES[source].unfolds != STYLES[
                 target].unfolds:
-            value = _reorder(value, STYLES[target].unfolds)
+            value = reorder(value, STYLES[target].unfolds)
         out[new] = value
     return out, report
 
@@ -231,12 +234,13 @@ def _convert_key(key: str, source: Style, target: Style) -> Optional[str]:
         ('attn_mask', 'relative_position_index', 'relative_coords_table')):
         return None  # every library computes them itself
     key = _move_merging(key, -1) if source.early else key
-    common = _match(key, [(own, mm) for own, mm in source.names])
-    key = common and _match(common, [(mm, own) for own, mm in target.names])
+    common = rename(key, [(own, mm) for own, mm in source.names])
+    key = common and rename(common, [(mm, own) for own, mm in target.names])
     return key and (_move_merging(key, 1) if target.early else key)
 
 
-def _match(key: str, pairs: Iterable[Tuple[str, str]]) -> Optional[str]:
+def rename(key: str, pairs: Iterable[Tuple[str, str]]) -> Optional[str]:
+    """A key by the first pair of names that fits it; None if none does."""
     for old, new in pairs:
         pattern = re.sub(r'\\{(\w)\\}',
                          lambda m: f'(?P<{m[1]}>{FIELDS[m[1]]})',
@@ -252,7 +256,7 @@ def _move_merging(key: str, by: int) -> str:
     return f'layers.{int(match[1]) + by}.{match[2]}' if match else key
 
 
-def _reorder(value: Tensor, to_unfold: bool) -> Tensor:
+def reorder(value: Tensor, to_unfold: bool) -> Tensor:
     """Input channels of a patch merging: (..., 4 C) -> (..., 4 C).
 
     Microsoft's and timm's concatenate the patches (0, 0), (1, 0), (0, 1), (1,

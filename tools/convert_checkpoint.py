@@ -1,8 +1,11 @@
 """Give the weights of a Swin or ViT the names another library uses.
 
     python tools/convert_checkpoint.py IN OUT --to mmpretrain-vit
+    python tools/convert_checkpoint.py IN OUT --from mona
 
-The style of IN is read from its keys. What became of every key is printed.
+The style of IN is read from its keys; --from mona reads a whole checkpoint of
+the released Mona repository, with any of its methods, into one of the model
+that our config of that method builds. What became of every key is printed.
 """
 import argparse
 import os.path as osp
@@ -20,8 +23,12 @@ def parse_args():
     parser.add_argument('checkpoint', metavar='IN', help='file to read')
     parser.add_argument('out', metavar='OUT', help='file to write')
     parser.add_argument(
+        '--from',
+        dest='source',
+        choices=['mona'],
+        help='released checkpoints of a paper, whole model')
+    parser.add_argument(
         '--to',
-        required=True,
         help='style of the names to write: timm-vit, mmseg-vit, '
         'mmpretrain-vit, official-swin, timm-swin or mm-swin (mmdet, mmseg '
         'and mmpretrain)')

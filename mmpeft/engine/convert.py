@@ -5,7 +5,8 @@ from argparse import Namespace
 from torch import Tensor
 
 from ..errors import PEFTError
-from ..key_styles import Report, convert
+from ..key_styles import STYLES, Report, convert
+from ..released import convert_released
 from .checkpoint import read_checkpoint, write_checkpoint
 
 __all__ = ['convert_checkpoint']
@@ -27,6 +28,14 @@ def convert_checkpoint(args: Namespace) -> Report:
     if isinstance(state.get('model'), dict):
         state = state['model']
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    out, report = convert(state, args.to)
-    write_checkpoint(dict(meta=dict(), state_dict=out), args.out)
+    if args.source == 'mona':
+        out, report = convert_released(state)
+    elif args.to is None:
+        raise PEFTError(f'--to says which names to write: {", ".join(STYLES)}'
+                        '; or --from mona.')
+    else:
+        out, report = convert(state, args.to)
+    meta = checkpoint.get('meta') or {}
+    meta = {k: meta[k] for k in ('epoch', 'iter') if k in meta}
+    write_checkpoint(dict(meta=meta, state_dict=out), args.out)
     return report
