@@ -99,7 +99,9 @@ def test_methods_are_compared_on_equal_terms(method, task):
 def test_every_type_resolves(task):
     cfg = load('full', task)
     assert cfg.custom_imports.imports == ['mmpeft']
-    assert cfg.default_hooks.peft_report.type == 'mmpeft.PEFTReportHook'
+    for name in ('report', 'checkpoint'):
+        hook = cfg.default_hooks[f'peft_{name}']
+        assert hook.type == f'mmpeft.PEFT{name.title()}Hook'
     registries = [
         r for r in vars(registry).values() if isinstance(r, registry.Registry)
     ]

@@ -75,4 +75,6 @@ param_scheduler = [
     _base_.param_scheduler[1]
 ]
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

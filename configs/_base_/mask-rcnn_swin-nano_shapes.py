@@ -49,4 +49,5 @@ param_scheduler = [
 ]
 default_hooks = dict(
     checkpoint=dict(interval=max_epochs),
-    peft_report=dict(type='mmpeft.PEFTReportHook'))
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -32,4 +32,6 @@ optim_wrapper = dict(
             '.ln2': dict(decay_mult=0.)
         }))
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -17,4 +17,6 @@ model = dict(
         init_cfg=dict(checkpoint=pretrained)),
     panoptic_head=dict(in_channels=[128, 256, 512, 1024]))
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

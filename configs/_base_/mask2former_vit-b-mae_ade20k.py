@@ -29,4 +29,6 @@ optim_wrapper = dict(
             for name in ('pos_embed', 'cls_token', *norms)
         }))
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -12,4 +12,6 @@ custom_imports = dict(imports=['mmpeft'], allow_failed_imports=False)
 model = dict(
     backbone=dict(type='mmpeft.PEFTBackbone', stock='mmseg.SwinTransformer'))
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -91,4 +91,5 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
-    peft_report=dict(type='mmpeft.PEFTReportHook'))
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -30,4 +30,5 @@ auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=3),
-    peft_report=dict(type='mmpeft.PEFTReportHook'))
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))

@@ -32,4 +32,6 @@ param_scheduler = [
         by_epoch=False)
 ]
 
-default_hooks = dict(peft_report=dict(type='mmpeft.PEFTReportHook'))
+default_hooks = dict(
+    peft_report=dict(type='mmpeft.PEFTReportHook'),
+    peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))
