@@ -1,0 +1,25 @@
+"""torch.compile gives the same numbers, gradients included."""
+import pytest
+import torch
+from conftest import build_pair, perturb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', [
+    'LoRA:rank=2,targets=[q,k,v,proj,fc1,fc2]',
+    'Mona:dim=4+VPTDeep:num_tokens=2'
+])
+def test_same_numbers(kind, method, image):
+    """Of the graphs that torch takes; no compiler of C++ is asked for."""
+    _, peft = build_pair(kind, method, allow_random_base=True)
+    perturb(peft).eval()
+    torch._dynamo.reset()
+    results = []
+    for run in (peft, torch.compile(peft, backend='aot_eager')):
+        peft.zero_grad()
+        outs = run(image)
+        sum((o**2).mean() for o in outs).backward()
+        results.append(
+            [*outs, *(p.grad for p in peft.parameters() if p.requires_grad)])
+    for a, b in zip(*results):
+        assert (a - b).abs().max() <= 1e-5 * max(1, a.abs().max())
