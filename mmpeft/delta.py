@@ -17,8 +17,8 @@ from .version import __version__
 
 __all__ = [
     'apply_delta', 'backbones_of', 'check_base', 'check_methods',
-    'delta_names', 'fingerprint', 'load_delta', 'make_header', 'missing_in',
-    'peft_states', 'save_delta'
+    'check_names', 'delta_names', 'fingerprint', 'load_delta', 'make_header',
+    'missing_in', 'peft_states', 'save_delta'
 ]
 
 PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain',
@@ -230,19 +230,32 @@ def backbones_of(model: nn.Module) -> Dict[str, dict]:
 
 def _whole(plan: MethodPlan) -> dict:
     """A method config with its defaults, so that equal ones look equal."""
-    signature = inspect.signature(plan.cls.__init__).parameters.values()
-    arguments = {
-        p.name: p.default
-        for p in signature if p.default is not inspect.Parameter.empty
-    }
-    arguments.update(plan.kwargs)
     return _plain(
         dict(
             type=plan.cls.__name__,
             name=plan.name,
             layers=plan.layers,
             overrides=plan.overrides,
-            **arguments))
+            **{
+                **_arguments(plan.cls),
+                **plan.kwargs
+            }))
+
+
+def _arguments(cls: type) -> Dict[str, Any]:
+    """Arguments of a method that have a default."""
+    return {
+        p.name: p.default
+        for p in inspect.signature(cls.__init__).parameters.values()
+        if p.default is not inspect.Parameter.empty
+    }
+
+
+def _defaults(mine: dict, other: dict) -> dict:
+    """Defaults of the method of this model, where the other is the same."""
+    if mine['type'] != other['type']:
+        return {}
+    return _plain(_arguments(MethodPlan(dict(type=mine['type'])).cls))
 
 
 def check_tensors(model: nn.Module, tensors: Dict[str, Tensor],
@@ -255,11 +268,42 @@ def check_tensors(model: nn.Module, tensors: Dict[str, Tensor],
         if keys:
             raise PEFTError(f'{path} {what} {len(keys)} of the {len(names)} '
                             f'tensors that train here, such as {keys[0]!r}.')
+    _check_shapes(own, tensors, path)
+
+
+def check_names(model: nn.Module,
+                header: Header,
+                path: str,
+                found: Dict[str, Tensor] = {}) -> None:
+    """Refuse a model with other frozen weights than those of the delta.
+
+    Args:
+        model (nn.Module): Its values are not looked at.
+        header (Header): Of the delta.
+        path (str): Its file, for the message.
+        found (dict): Frozen tensors that will be loaded.
+    """
+    base = _base(model)
+    if sorted(base) != header.base['names']:
+        raise PEFTError(
+            f'{path} was trained with {len(header.base["names"])} frozen '
+            f'weights, and this model has {len(base)}, not the same.')
+    _check_shapes(base, {k: v for k, v in found.items() if k in base}, path)
+
+
+def _check_shapes(own: Dict[str, Tensor], tensors: Dict[str, Tensor],
+                  path: str) -> None:
     for name, value in tensors.items():
-        if value.shape != own[name].shape:
+        mine = own[name]
+        if value.shape != mine.shape or value.dtype != mine.dtype:
             raise PEFTError(
-                f'{path}: {name!r} is {tuple(value.shape)}, and here it is '
-                f'{tuple(own[name].shape)}.')
+                f'{path}: {name!r} is {title(value)}, and here it is '
+                f'{title(mine)}.')
+
+
+def title(tensor: Tensor) -> str:
+    """Type and shape of a tensor, for a message."""
+    return f'{str(tensor.dtype)[6:]} {tuple(tensor.shape)}'
 
 
 def check_base(model: nn.Module,
@@ -274,11 +318,8 @@ def check_base(model: nn.Module,
         path (str): Its file, for the message.
         extra (dict, optional): Frozen tensors that the delta brings along.
     """
+    check_names(model, header, path, extra or {})
     base = {**_base(model), **(extra or {})}
-    if sorted(base) != header.base['names']:
-        raise PEFTError(
-            f'{path} was trained with {len(header.base["names"])} frozen '
-            f'weights, and this model has {len(base)}, not the same.')
     if fingerprint(base) != header.base['fingerprint']:
         raise PEFTError(f'{path} was trained on another base than the '
                         f'{len(base)} frozen weights of this model; '

@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, METRICS, Registry
 
 from .errors import MissingFileError
+from .safe_pickle import check_pickle
 
 __all__ = ['check_files']
 
@@ -50,7 +51,7 @@ HOW_TO_GET['PascalContextDataset59'] = HOW_TO_GET['PascalContextDataset']
 
 
 def check_files(cfg: Any, mode: Optional[str] = None) -> None:
-    """Raise if a file that a run needs is missing.
+    """Raise if a file that a run needs is missing, or may run code.
 
     Pre-trained weights named by a URL are downloaded to torch's cache, by one
     process per machine.
@@ -66,6 +67,7 @@ def check_files(cfg: Any, mode: Optional[str] = None) -> None:
     Raises:
         MissingFileError: Says what is missing, where it was looked for and
             how to get it.
+        PEFTError: If a file of weights holds more than data.
     """
     if mode is None:
         only_test = cfg.get(
@@ -83,7 +85,9 @@ def check_files(cfg: Any, mode: Optional[str] = None) -> None:
         weights += _weights(cfg.get('model'), 'model')
     # All local files first: a download may take minutes.
     for key, path in sorted(weights, key=lambda w: _is_remote(w[1])):
-        _check_weights(key, path)
+        # A DeepSpeed checkpoint is a folder.
+        if not (cfg.get('strategy') and osp.isdir(str(path))):
+            _check_weights(key, path)
 
 
 def _check_data(cfg: Any, where: str, scope: str) -> None:
@@ -212,7 +216,7 @@ def _weights(cfg: Any, where: str) -> Iterator[Tuple[str, str]]:
         return
     for key, value in cfg.items():
         at = f'{where}.{key}'
-        if key == 'pretrained' and isinstance(value, str):
+        if key in ('pretrained', 'checkpoint_path') and isinstance(value, str):
             # Elsewhere the word may name a tag, not a file.
             if value.endswith(('.pth', '.pt', '.ckpt')):
                 yield at, value
@@ -227,9 +231,16 @@ def _check_weights(key: str, path: Optional[str]) -> None:
     if not isinstance(path, str) or not path:
         return
     if path.startswith(('http://', 'https://')):
-        _download(key, path)
+        file = download(key, path)
+        if osp.exists(file):  # not yet, for all ranks but one
+            check_pickle(file)
     # Other schemes (torchvision://, s3://) are mmengine's business.
-    elif not _is_remote(path) and not osp.exists(osp.expanduser(path)):
+    elif _is_remote(path):
+        return
+    elif osp.exists(osp.expanduser(path)):
+        if not path.endswith('.safetensors'):
+            check_pickle(osp.expanduser(path))
+    else:
         raise MissingFileError(
             f'The weights {path!r} are missing (looked for '
             f'{osp.abspath(path)}); {HOW_TO_MAKE.get(osp.basename(path), "")}'
@@ -237,12 +248,19 @@ def _check_weights(key: str, path: Optional[str]) -> None:
             f'{key}=/path/to/weights.pth.')
 
 
-def _download(key: str, url: str) -> None:
-    """Fill torch's cache, where mmengine looks first."""
+def download(key: str, url: str) -> str:
+    """Fill torch's cache, where mmengine looks first.
+
+    Returns:
+        str: The file there.
+
+    Raises:
+        MissingFileError: If it cannot be had.
+    """
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
     file = osp.join(folder, osp.basename(urlparse(url).path))
     if osp.exists(file) or _local_rank() != 0:
-        return
+        return file
     print_log(f'Downloading {url} to {file}', logger='current')
     timeout = socket.getdefaulttimeout()
     # A firewall that drops packets would keep us waiting without a word.
@@ -257,6 +275,7 @@ def _download(key: str, url: str) -> None:
             f'{key}=/path/to/{osp.basename(file)}.') from error
     finally:
         socket.setdefaulttimeout(timeout)
+    return file
 
 
 def _local_rank() -> int:

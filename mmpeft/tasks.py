@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .build import attach as put
-from .delta import fingerprint, peft_states, source_text, unwrap
+from .delta import fingerprint, peft_states, source_text, title, unwrap
 from .delta_file import Header, read_delta
 from .errors import MergeError, PEFTError
 from .injection import Prepared, eject, prepare
@@ -106,9 +106,11 @@ def attach(model: nn.Module,
                for p in task.prepared.values()):
             _load(model, known, name, tensors)
     except BaseException:
+        set_active(model, None)
         known.found.pop(name, None)
-        if before is not None:
-            set_active(model, before)
+        if not known.found:
+            model.__dict__.pop(KEY, None)
+        set_active(model, before)
         raise
     set_active(model, name if activate else before)
     return model
@@ -256,18 +258,26 @@ def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
     prepared = {}
     for at, about in header.backbones.items():
         methods = [_known_method(m, path) for m in about['method']]
-        prepared[at] = prepare(
-            model.get_submodule(at), methods, allow_random_base=True)
+        try:
+            prepared[at] = prepare(
+                model.get_submodule(at), methods, allow_random_base=True)
+        except PEFTError:
+            raise
+        # Whatever the arguments in the file may bring about.
+        except Exception as error:
+            raise PEFTError(f'{path} holds methods for {at!r} that cannot be '
+                            f'built here ({type(error).__name__}: '
+                            f'{error}).') from error
     stock = {
         k: v
         for k, v in tensors.items()
         if '.peft.' not in f'.{k}' and k not in set(names)
     }
-    for key, value in stock.items():
-        if key not in own or own[key].shape != value.shape:
-            here = tuple(own[key].shape) if key in own else 'missing'
-            raise PEFTError(f'{path}: {key!r} is {tuple(value.shape)}, and '
-                            f'in this model it is {here}.')
+    known = {n for n, _ in model.named_parameters()}
+    _compare(
+        f'{path} does not fit this model', stock,
+        {k: own[k]
+         for k in known - set(names) | (stock.keys() & own.keys())})
     return Task(header, prepared, stock)
 
 
@@ -293,14 +303,25 @@ def _load(model: nn.Module, known: Tasks, name: str,
     """Write the attached tensors once, with the task in its place."""
     set_active(model, name)
     mine = {k: v for k, v in tensors.items() if '.peft.' in f'.{k}'}
-    wanted = {k for k in model.state_dict() if '.peft.' in f'.{k}'}
-    if set(mine) != wanted:
-        odd = sorted(set(mine) ^ wanted)
-        set_active(model, None)
-        raise PEFTError(f'The delta of {name!r} does not fit this model: '
-                        f'{len(odd)} tensors differ, such as {odd[0]!r}.')
+    _compare(f'The delta of {name!r} does not fit this model', mine, {
+        k: v
+        for k, v in model.state_dict().items() if '.peft.' in f'.{k}'
+    })
     model.load_state_dict(mine, strict=False)
     set_active(model, None)
+
+
+def _compare(what: str, mine: Dict[str, Tensor], wanted: Dict[str,
+                                                              Tensor]) -> None:
+    odd = [
+        k for k in sorted({*mine, *wanted}) if k not in mine or k not in wanted
+        or mine[k].shape != wanted[k].shape or mine[k].dtype != wanted[k].dtype
+    ]
+    if odd:
+        there, here = ('missing' if t is None else title(t)
+                       for t in (mine.get(odd[0]), wanted.get(odd[0])))
+        raise PEFTError(f'{what}: {len(odd)} tensors differ, such as '
+                        f'{odd[0]!r}, which is {there} and here {here}.')
 
 
 def _take_out(model: nn.Module, known: Tasks) -> None:

@@ -178,7 +178,7 @@ def test_refusals_leave_the_model_alone(image, tmp_path):
     _, wide = models('LoRA')
     wide.head = nn.Linear(32, 5)
     mmpeft.save_delta(wide, file)
-    with pytest.raises(PEFTError, match=r"'head.bias' is .5,.*.3,"):
+    with pytest.raises(PEFTError, match=r"'head.bias'.* .5,.*here .* .3,"):
         mmpeft.attach(stock, file, 'wide')
     assert torch.equal(stock(image), peft(image))
     mmpeft.detach(stock, 'a')

@@ -1,6 +1,5 @@
 """Checkpoints: which model they belong to, and writing them safely."""
 import logging
-import os
 import os.path as osp
 from typing import Any, Dict
 
@@ -13,7 +12,9 @@ from ..config import PEFT_ARGUMENTS, find_peft_backbones
 from ..delta_file import is_safetensors
 from ..errors import MissingFileError, PEFTError
 from ..plan import parse_methods
+from ..safe_pickle import check_pickle
 from ..state import load_whole
+from ..whole_file import whole_file
 
 __all__ = [
     'is_delta', 'read_checkpoint', 'write_checkpoint', 'strip_method',
@@ -25,7 +26,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """A checkpoint as ``{'state_dict': ..., 'meta': ..., ...}``, on CPU.
 
     Raises:
-        PEFTError: If the file is missing or is no checkpoint.
+        PEFTError: If the file is missing, is no checkpoint, or may run code.
     """
     if '://' not in path and not osp.isfile(path):
         raise MissingFileError(f'There is no checkpoint {path!r}; looked at '
@@ -33,6 +34,8 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if '://' not in path and is_delta(path):
         from .delta_loading import register  # it reads bases through this
         register()
+    elif '://' not in path and not path.endswith('.safetensors'):
+        check_pickle(path, content=True)
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except PEFTError:
@@ -46,6 +49,10 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
                         'a checkpoint.')
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
+    for key in ('state_dict', 'meta'):
+        if not isinstance(checkpoint.get(key, {}), (dict, type(None))):
+            raise PEFTError(f'{path} is no checkpoint: its {key} is a '
+                            f'{type(checkpoint[key]).__name__}.')
     return checkpoint
 
 
@@ -65,18 +72,8 @@ def is_delta(path: str) -> bool:
 
 def write_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
     """Write a checkpoint completely or not at all."""
-    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if osp.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with whole_file(path) as temporary, open(temporary, 'wb') as file:
+        torch.save(checkpoint, file)
 
 
 def strip_method(cfg: Config) -> Config:

@@ -1,6 +1,7 @@
 """Deltas where mmengine expects checkpoints."""
 import logging
 import os.path as osp
+import re
 from typing import Any, Dict, Iterable, List, Optional, Set
 
 import torch.nn as nn
@@ -10,14 +11,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-from ..delta import (apply_delta, check_base, check_methods, check_tensors,
-                     fingerprint, source_text)
-from ..delta_file import Header, read_delta
+from ..delta import (apply_delta, check_base, check_methods, check_names,
+                     check_tensors, fingerprint, source_text)
+from ..delta_file import Header, parse_header, read_delta
 from ..errors import PEFTError
 
 __all__ = [
-    'complete', 'ensure_base', 'load_with_base', 'recorded_base', 'register',
-    'sources_of'
+    'check_whole', 'complete', 'ensure_base', 'load_with_base',
+    'recorded_base', 'register', 'sources_of'
 ]
 
 # Whether somebody with the model at hand completes what is read.
@@ -56,7 +57,8 @@ def load_from_delta(filename: str, map_location: Any = None) -> Dict[str, Any]:
             f'{source_text(header)} Test it with tools/test.py, give the base '
             'with --base, or build the model, load its base and call '
             'mmpeft.load_delta(model, path).')
-    meta = dict(header.meta)
+    # Texts of configs are Python, and stock tools execute them.
+    meta = {k: v for k, v in header.meta.items() if k not in ('cfg', 'config')}
     return dict(
         state_dict=state,
         meta=meta,
@@ -75,7 +77,7 @@ def recorded_base(sources: Iterable[dict],
             continue
         prefix = source.get('prefix') or ''
         for key, value in read_checkpoint(path)['state_dict'].items():
-            if key.startswith(prefix):
+            if isinstance(key, str) and key.startswith(prefix):
                 name = '.'.join(p for p in (at, key[len(prefix):]) if p)
                 if name in names:
                     found[name] = value
@@ -87,7 +89,7 @@ def complete(model: nn.Module,
              base: Optional[str] = None) -> None:
     """Check a delta that mmengine has read against the model it is for.
 
-    Nothing but the base of the model has changed if this refuses.
+    The model is unchanged if this refuses.
 
     Args:
         model (nn.Module): What the checkpoint will be loaded into.
@@ -99,16 +101,15 @@ def complete(model: nn.Module,
         PEFTError: If it is of another method, architecture or base.
     """
     model = model.module if is_model_wrapper(model) else model
-    about = checkpoint['peft_delta']
+    about = _about(checkpoint)
     header, path = about['header'], about['path']
-    if isinstance(header, dict):  # a .pth without the frozen weights
-        header = Header(**header)
     state = checkpoint['state_dict']
     names = set(header.base['names'])
     check_methods(model, header, path)
     check_tensors(model,
                   {k: state[k]
                    for k in about['tensors'] if k not in names}, path)
+    check_names(model, header, path, state)
     if base or not names <= set(state):
         extra = {k: state[k] for k in about['tensors'] if k in names}
         ensure_base(model, header, path, extra, base)
@@ -119,6 +120,51 @@ def complete(model: nn.Module,
         state.setdefault(name, value)
         if averages is not None:
             averages.setdefault(f'module.{name}', value)
+
+
+def _about(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """What a file says about the delta in it; a .pth may say anything."""
+    about = checkpoint['peft_delta']
+    if isinstance(about, dict) and isinstance(about.get('header'), Header):
+        return about  # of a delta that was checked when it was read
+    path, state = 'This checkpoint', checkpoint['state_dict']
+    try:
+        header = parse_header(path, about['header'])
+        lost = [
+            k for k in about['tensors'] if not isinstance(state[k], Tensor)
+        ]
+    except (TypeError, KeyError) as error:
+        raise PEFTError(f'{path} is damaged: what it says of its delta cannot '
+                        f'be read ({type(error).__name__}: '
+                        f'{error}).') from error
+    if lost:
+        raise PEFTError(f'{path} is damaged: {lost[0]!r} is no tensor.')
+    return dict(about, header=header, path=path)
+
+
+def check_whole(model: nn.Module, state: Any) -> None:
+    """Refuse a full checkpoint that lacks parameters of a model with methods.
+
+    Stock would warn, and go on with random numbers.
+
+    Raises:
+        PEFTError: If a parameter is missing, or of another shape.
+    """
+    # mmengine takes off what wrappers put before names; so does this.
+    found = {
+        re.sub(r'^module\.', '', str(k)): v
+        for k, v in (state if isinstance(state, dict) else {}).items()
+    }
+    own = {re.sub(r'^module\.', '', k): v for k, v in model.named_parameters()}
+    lost = [
+        k for k, v in own.items()
+        if getattr(found.get(k), 'shape', None) != v.shape
+    ]
+    if lost:
+        raise PEFTError(
+            f'The checkpoint does not belong to this model: {len(lost)} of '
+            f'its {len(own)} parameters are missing or of another shape, '
+            f'such as {lost[0]!r}.')
 
 
 def load_with_base(model: nn.Module,
@@ -148,25 +194,39 @@ def ensure_base(model: nn.Module,
     Raises:
         PEFTError: If no source has it.
     """
-    from .checkpoint import read_checkpoint
+    if not base and _matches(model, header, path, extra):
+        return
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     files: List[str] = [base] if base else []
-    if not files:
-        if _matches(model, header, path, extra):
-            return
-        if hasattr(model, 'init_weights'):
-            _init_weights(model)
-        files = [
-            s['checkpoint'] for s in header.base['sources']
-            if not s.get('at') and osp.isfile(str(s.get('checkpoint')))
-        ]
-    for file in files:
-        model.load_state_dict(
-            read_checkpoint(file)['state_dict'], strict=False)
-    if not _matches(model, header, path, extra):
+    try:
+        if not files:
+            if hasattr(model, 'init_weights'):
+                _init_weights(model)
+            files = [
+                s['checkpoint'] for s in header.base['sources']
+                if not s.get('at') and osp.isfile(str(s.get('checkpoint')))
+            ]
+        for file in files:
+            _load_base(model, file)
         try:
             check_base(model, header, path, extra)
         except PEFTError as error:
             raise PEFTError(f'{error} Give that file with --base.') from None
+    except BaseException:
+        own = model.state_dict(keep_vars=True)
+        for name, value in before.items():
+            own[name].data.copy_(value)
+        raise
+
+
+def _load_base(model: nn.Module, file: str) -> None:
+    from .checkpoint import read_checkpoint
+    try:
+        model.load_state_dict(
+            read_checkpoint(file)['state_dict'], strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        text = ' '.join(str(error).split())
+        raise PEFTError(f'{file} does not fit this model: {text}') from error
 
 
 def _init_weights(model: nn.Module) -> None:

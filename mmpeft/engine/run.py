@@ -12,9 +12,11 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..config import add_method, find_peft_backbones, load_config, method_title
+from ..config_checks import check_config
 from ..errors import PEFTError
 from ..plan import parse_methods
 from ..preflight import check_files
+from .safe_loading import guard_loading, latest_checkpoint
 
 __all__ = [
     'add_hooks', 'prepare', 'build_runner', 'read_config', 'parse_options',
@@ -24,6 +26,7 @@ __all__ = [
 
 def read_config(args: Namespace) -> Config:
     """Load the config, attach ``--method``, apply ``--cfg-options``."""
+    guard_loading()
     cfg = load_config(args.config)
     if args.method:
         cfg, at = add_method(cfg, args.method, args.at)
@@ -32,7 +35,7 @@ def read_config(args: Namespace) -> Config:
     options = parse_options(args.cfg_options)
     if options:
         cfg.merge_from_dict(options)
-    _check_methods(cfg)
+    check_config(cfg)
     return cfg
 
 
@@ -53,12 +56,23 @@ def prepare(args: Namespace) -> Config:
                             'base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        _resume(cfg, args.resume)
     _scale_lr(cfg, args.lr_scale)
     set_default_collate(cfg, args)
     check_files(cfg)
     return cfg
+
+
+def _resume(cfg: Config, path: str) -> None:
+    if path == 'auto':
+        path = latest_checkpoint(cfg.work_dir)
+    cfg.resume = path is not None
+    if cfg.resume:
+        cfg.load_from = path
+    else:
+        print_log(
+            f'There is no checkpoint in {cfg.work_dir}; training begins.',
+            logger='current')
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -94,12 +108,6 @@ def parse_options(options: List[str]) -> Dict[str, Any]:
             raise PEFTError(f'--cfg-options {option!r} is not KEY=VALUE.')
         parsed[key] = _DictAction._parse_iterable(value)
     return parsed
-
-
-def _check_methods(cfg: Config) -> None:
-    # Typos are found before the libraries build half a model.
-    for node in find_peft_backbones(cfg).values():
-        parse_methods(node.get('method') or [])
 
 
 def set_work_dir(cfg: Config, args: Namespace, title: str) -> None:

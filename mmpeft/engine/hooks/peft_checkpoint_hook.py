@@ -1,21 +1,24 @@
 import glob
 import os
 import os.path as osp
+import re
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 
 from ...delta import (delta_names, make_header, missing_in, peft_states,
                       save_delta)
 from ...delta_file import SUFFIX
 from ...errors import PEFTError
 from ...registry import HOOKS
-from ..delta_loading import (complete, expect_model, recorded_base, register,
-                             sources_of)
+from ...whole_file import whole_file
+from ..delta_loading import (check_whole, complete, expect_model,
+                             recorded_base, register, sources_of)
 from ..randomness import gather_randomness, restore_randomness
 
 __all__ = ['PEFTCheckpointHook']
@@ -30,11 +33,11 @@ class PEFTCheckpointHook(Hook):
     """Beside every stock checkpoint, a delta: what trains, and nothing else.
 
     ``epoch_3.pth`` gets ``epoch_3_delta.safetensors``, and so do the best
-    ones. Where an average over time (EMA) is published, the delta has that.
-    It is removed when its checkpoint is, and only after the next one is
-    complete. The stock hook deletes the oldest file before it writes; with
-    ``max_keep_ckpts=1`` a run that dies in between would have none, so then
-    it keeps two.
+    ones; not where all of the model trains. Where an average over time (EMA)
+    is published, the delta has that. It is removed when its checkpoint is. Files are complete or not there at
+    all, and an old one is deleted after the new one is complete; the stock
+    hook deletes first. With ``max_keep_ckpts=1`` two are kept: a run that
+    dies before ``last_checkpoint`` names the new one goes on from the old.
 
     It also lets the Runner read deltas (``load_from``, ``--resume``), and
     stores the state of the random numbers of every rank, so that a resumed
@@ -65,6 +68,7 @@ class PEFTCheckpointHook(Hook):
         # Frozen tensors that no source has; found at the first checkpoint.
         self._extra: Optional[List[str]] = None
         self._save = None
+        self._backends: List[_DeletesLater] = []
 
     def before_run(self, runner) -> None:
         register()
@@ -83,12 +87,23 @@ class PEFTCheckpointHook(Hook):
                     'max_keep_ckpts=1 would delete the only checkpoint before '
                     'the next one is written; two are kept.')
 
+    def before_train(self, runner) -> None:
+        # After CheckpointHook has made its own.
+        for hook in runner.hooks:
+            if self._save is not None and isinstance(hook, CheckpointHook):
+                hook.file_backend = _DeletesLater(hook.file_backend)
+                self._backends.append(hook.file_backend)
+
     def after_run(self, runner) -> None:
         expect_model(False)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         model = _model(runner)
         if not peft_states(model):
+            return
+        if all(p.requires_grad for p in model.parameters()):
+            # Full: the delta would be the checkpoint once more.
+            checkpoint['peft_randomness'] = self._gathered
             return
         if self._extra is None:
             frozen = {n for n, p in model.named_parameters()}
@@ -123,8 +138,23 @@ class PEFTCheckpointHook(Hook):
         # Every rank takes part in this, only the first one writes.
         self._gathered = gather_randomness()
         self._published = None
-        self._save(out_dir, filename, *args, **kwargs)
-        if self._published is None or not is_main_process():
+        stock = isinstance(runner, Runner) and not any(args) \
+            and not kwargs.get('backend_args')
+        if stock and is_main_process():
+            # Stock writes over what is there, bit by bit.
+            with whole_file(osp.join(out_dir, filename)) as temporary:
+                self._save(out_dir, osp.basename(temporary), *args, **kwargs)
+        else:
+            self._save(out_dir, filename, *args, **kwargs)
+        if not is_main_process():
+            return
+        for backend in self._backends:
+            backend.delete()
+        # What a process left that was killed while it wrote.
+        for old in glob.glob(osp.join(glob.escape(out_dir), '*.*.tmp')):
+            if re.search(r'\.(pth|safetensors)\.\d+\.tmp$', old):
+                os.remove(old)
+        if self._published is None:
             return
         path = osp.join(out_dir, osp.splitext(filename)[0] + SUFFIX)
         save_delta(
@@ -138,6 +168,33 @@ class PEFTCheckpointHook(Hook):
         for old in glob.glob(osp.join(glob.escape(out_dir), f'*{SUFFIX}')):
             if not osp.exists(old[:-len(SUFFIX)] + '.pth'):
                 os.remove(old)
+
+
+class _DeletesLater:
+    """A file backend that deletes when the next file is complete.
+
+    Stock deletes the oldest checkpoint, or the best one, and then writes.
+    """
+
+    def __init__(self, backend) -> None:
+        self.backend = backend
+        self.waiting: List[Callable[[], None]] = []
+
+    def remove(self, path: str) -> None:
+        """Delete a file, later."""
+        self.waiting.append(partial(self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        """Delete a folder, later."""
+        self.waiting.append(partial(self.backend.rmtree, path))
+
+    def delete(self) -> None:
+        """Delete what waits for it."""
+        while self.waiting:
+            self.waiting.pop(0)()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
 
 
 class _LoadHook(Hook):
@@ -157,6 +214,9 @@ class _LoadHook(Hook):
                     'the optimizer; resume from the .pth beside it, or start '
                     'from it with load_from.')
             complete(_model(runner), checkpoint, self.owner.base)
+        elif runner._resume or runner._train_loop is None:
+            # Where training starts, another head may be meant.
+            check_whole(_model(runner), checkpoint.get('state_dict'))
         if runner._resume:
             self._randomness = checkpoint.get('peft_randomness')
             # load_from now names the checkpoint, and no longer the base.
