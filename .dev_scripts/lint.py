@@ -18,7 +18,8 @@ import yaml
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SUFFIXES = dict(python=('.py', ), markdown=('.md', ), yaml=('.yml', '.yaml'))
-BINARY = ('.png', '.jpg', '.jpeg', '.gif', '.pdf', '.npz', '.pth', '.pkl')
+BINARY = ('.png', '.jpg', '.jpeg', '.gif', '.pdf', '.npz', '.pth', '.pkl',
+          '.safetensors')
 
 
 def listed_files():

@@ -213,8 +213,8 @@ def hint(strangers: Iterable[str], known: Iterable[str]) -> str:
     found, wanted = style_of(strangers), style_of(known)
     if wanted and 'model' in strangers:
         # Microsoft's and Meta's files keep their tensors one level deeper.
-        return (f"{text}, which holds tensors; take them out with `python "
-                f"tools/convert_checkpoint.py IN OUT --to {wanted[0]}`.")
+        return (f'{text}, which holds tensors; take them out with `python '
+                f'tools/convert_checkpoint.py IN OUT --to {wanted[0]}`.')
     if not found or not wanted or found == wanted:
         return f'{text}.'
     if found[0] == wanted[0]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import perturb
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from mmpeft.errors import PEFTError
 from mmpeft.key_styles import STYLES, convert, hint, style_of
@@ -208,6 +208,13 @@ def test_command(tmp_path):
                            capture_output=True,
                            text=True)
     assert again.returncode == 2 and 'exists already' in again.stderr
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Other tests leave that of another library behind."""
+    pytest.importorskip('mmpretrain')
+    init_default_scope('mmpretrain')
 
 
 def classifier(file, method='LoRA:rank=2', **init):

@@ -173,7 +173,7 @@ def step(model, samples, shape):
         ],
         data_samples=samples)
     model.train()
-    # TOOD asks it, and a runner says it.
+    # That detector asks it, and a runner says it.
     MessageHub.get_current_instance().update_info('epoch', 0)
     data = model.data_preprocessor(data, training=True)
     loss, _ = model.parse_losses(model(**data, mode='loss'))
