@@ -14,8 +14,9 @@ from .version import __version__
 _PUBLIC = {
     'PEFTBackbone': '.injection',
     'apply': '.api',
-    'merge': '.merge',
-    'merged_state_dict': '.merge',
+    'merge': '.merging',
+    'merged_state_dict': '.merging',
+    'fold': '.folding',
     'attach': '.tasks',
     'active': '.tasks',
     'detach': '.tasks',

@@ -13,7 +13,7 @@ from .delta import fingerprint, peft_states, source_text, title, unwrap
 from .delta_file import Header, read_delta
 from .errors import MergeError, PEFTError
 from .injection import Prepared, eject, prepare
-from .merge import merged_state_dict
+from .merging import merged_state_dict
 from .registry import METHODS
 from .state import guard
 

@@ -1,3 +1,5 @@
+import os
+import os.path as osp
 import subprocess
 import sys
 
@@ -28,6 +30,14 @@ def test_public_names():
         assert getattr(mmpeft, name) is not None
     with pytest.raises(AttributeError):
         mmpeft.nothing
+
+
+def test_no_public_name_is_that_of_a_module():
+    """Python would put the module in the place of the function as soon as
+    anything imports it."""
+    folder = osp.dirname(mmpeft.__file__)
+    taken = {name.partition('.')[0] for name in os.listdir(folder)}
+    assert not taken & set(mmpeft.__all__)
 
 
 @pytest.mark.parametrize('name, path', [

@@ -15,7 +15,7 @@ from mmpeft.backbones import find_family
 from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, SiteError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmseg')

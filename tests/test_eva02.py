@@ -12,7 +12,7 @@ from test_vit import ALL_SITES, Sum, blocks_of, classifier, equal
 from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, PEFTError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')

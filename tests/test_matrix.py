@@ -14,7 +14,7 @@ from mmpeft.backbones.attached import BlockPEFT
 from mmpeft.engine.listing import refusal
 from mmpeft.errors import MergeError, SiteError
 from mmpeft.injection import eject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods.base import Selector
 from mmpeft.registry import METHODS as METHOD_CLASSES
 from mmpeft.registry import SITE_MAPS

@@ -15,7 +15,7 @@ from mmpeft.config import add_method, find_backbones, load_config
 from mmpeft.counting import count_params
 from mmpeft.errors import PEFTError, SiteError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods.side import SideNetwork, TrunkBlock
 from mmpeft.methods.windows import attention_beside
 from mmpeft.sites import TokenLayout

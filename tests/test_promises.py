@@ -15,7 +15,7 @@ import segmentor  # noqa: E402
 
 from mmpeft.engine.checkpoint import write_checkpoint  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
-from mmpeft.merge import merged_state_dict  # noqa: E402
+from mmpeft.merging import merged_state_dict  # noqa: E402
 
 HERE = osp.dirname(osp.abspath(__file__))
 

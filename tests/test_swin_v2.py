@@ -13,7 +13,7 @@ from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import MergeError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merge, merged_state_dict
+from mmpeft.merging import merge, merged_state_dict
 from mmpeft.methods.side import SideNetwork
 from mmpeft.state import attached_modules, load_whole
 

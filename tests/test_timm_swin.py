@@ -16,7 +16,7 @@ from mmpeft.config import find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import SiteError
 from mmpeft.injection import PEFTBackbone, eject, inject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods.windows import partition, reverse, window_mask
 from mmpeft.state import attached_modules
 

@@ -15,7 +15,7 @@ from mmpeft.backbones import find_family
 from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, PEFTError, SiteError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merge, merged_state_dict
+from mmpeft.merging import merge, merged_state_dict
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmseg')

@@ -15,7 +15,7 @@ from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import PEFTError
 from mmpeft.injection import eject, inject
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from ..config import find_peft_backbones
 from ..errors import PEFTError
-from ..merge import merged_state_dict
+from ..merging import merged_state_dict
 from ..version import __version__
 from .checkpoint import (is_delta, load_exactly, read_checkpoint, strip_method,
                          write_checkpoint)

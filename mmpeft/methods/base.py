@@ -168,6 +168,11 @@ class PEFTModule(Method, nn.Module):
         """
         raise NotImplementedError
 
+    def folded(self) -> Optional[nn.Module]:
+        """A :class:`mmpeft.methods.folded.Folded` that computes the same in
+        evaluation mode, in fewer steps; None if there is none."""
+        return None
+
 
 class Selector(Method):
     """A choice of stock parameters that train in place."""

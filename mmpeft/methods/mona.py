@@ -6,6 +6,7 @@ from torch import Tensor
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_rate, check_width
+from .mona_fold import FoldedMona
 
 __all__ = ['Mona', 'MonaOp']
 
@@ -103,3 +104,6 @@ class Mona(PEFTModule):
         t = self.dropout(F.gelu(layout.to_tokens(t)))
         tokens = tokens + self.project2(t)
         return torch.cat([y[:, :extra], tokens], dim=1) if extra else tokens
+
+    def folded(self) -> FoldedMona:
+        return FoldedMona(self)

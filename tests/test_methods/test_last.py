@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmpeft.errors import MergeError, PEFTError
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods import LAST
 from . import side_checks as checks
 from .recorded import tensor

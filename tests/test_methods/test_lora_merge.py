@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmpeft.errors import MergeError
-from mmpeft.merge import merge, merged_state_dict
+from mmpeft.merging import merge, merged_state_dict
 from .checks import check_close
 from .recorded import fill, tensor
 from .swins import LIBRARIES, swin

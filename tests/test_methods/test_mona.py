@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmpeft.errors import MergeError, PEFTError
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods import Mona
 from mmpeft.sites import TokenLayout
 from . import reference as ref

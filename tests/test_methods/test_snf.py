@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmpeft.errors import MergeError, PEFTError
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods import SNF
 from .checks import check_block, check_module, check_released_module
 from .recorded import tensor

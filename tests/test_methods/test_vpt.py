@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmpeft.errors import MergeError, PEFTError
-from mmpeft.merge import merged_state_dict
+from mmpeft.merging import merged_state_dict
 from mmpeft.methods import VPTDeep, VPTShallow
 from mmpeft.sites import Site
 from . import reference as ref
