@@ -131,8 +131,11 @@ def _read(path: str, tensors: bool) -> Tuple[Dict[str, Tensor], Header]:
     if KEY not in metadata:
         raise PEFTError(f'{path} is a safetensors file, but no delta of '
                         f'mmpeft: its metadata has no {KEY!r}.')
-    # Not there in what is written by hand; a flipped bit is the concern.
-    if metadata.get(CHECK, _sha256(metadata[KEY])) != _sha256(metadata[KEY]):
+    # Not there in what is written by hand; a flipped bit is the concern, and
+    # it may be one in a name.
+    changed = metadata.get(CHECK,
+                           _sha256(metadata[KEY])) != _sha256(metadata[KEY])
+    if changed or set(metadata) - {KEY, CHECK, 'format'}:
         raise PEFTError(f'{path} is damaged: its header changed since it was '
                         'written.')
     return found, _parse(path, metadata[KEY])

@@ -261,8 +261,9 @@ def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
         try:
             prepared[at] = prepare(
                 model.get_submodule(at), methods, allow_random_base=True)
-        except PEFTError:
-            raise
+        except PEFTError as error:
+            raise PEFTError(f'{path} is not for this model: '
+                            f'{error}') from error
         # Whatever the arguments in the file may bring about.
         except Exception as error:
             raise PEFTError(f'{path} holds methods for {at!r} that cannot be '
@@ -273,11 +274,11 @@ def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
         for k, v in tensors.items()
         if '.peft.' not in f'.{k}' and k not in set(names)
     }
-    known = {n for n, _ in model.named_parameters()}
-    _compare(
-        f'{path} does not fit this model', stock,
-        {k: own[k]
-         for k in known - set(names) | (stock.keys() & own.keys())})
+    plain = {k: v for k, v in tensors.items() if '.peft.' not in f'.{k}'}
+    wanted = {n for n, _ in model.named_parameters()} - set(names)
+    _compare(f'{path} does not fit this model', plain,
+             {k: own[k]
+              for k in wanted | (plain.keys() & own.keys())})
     return Task(header, prepared, stock)
 
 

@@ -92,6 +92,20 @@ def config(method=None, work_dir=None, iters=4, batch_size=4, **backbone):
             log_level='WARNING'))
 
 
+def write_base(path):
+    """Weights of the backbone without its output norms, as from ImageNet."""
+    import mmseg.models  # noqa: F401
+    from mmengine.registry import MODELS
+    torch.manual_seed(7)
+    state = {
+        k: v + .02 * torch.randn(v.shape) if v.is_floating_point() else v
+        for k, v in MODELS.build(BACKBONE).state_dict().items()
+        if not k.startswith(('norm0', 'norm1'))
+    }
+    torch.save(dict(state_dict=state), path)
+    return path
+
+
 def train(cfg, before=None):
     """Run; the runner and the loss of each iteration."""
     runner = Runner.from_cfg(cfg)

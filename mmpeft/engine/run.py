@@ -16,6 +16,7 @@ from ..config_checks import check_config
 from ..errors import PEFTError
 from ..plan import parse_methods
 from ..preflight import check_files
+from ..safe_pickle import check_pickle
 from .safe_loading import guard_loading, latest_checkpoint
 
 __all__ = [
@@ -150,6 +151,8 @@ def add_hooks(cfg: Config, base: Optional[str] = None) -> None:
             peft_checkpoint=dict(type='mmpeft.PEFTCheckpointHook'))
         cfg.default_hooks = {**ours, **(cfg.get('default_hooks') or {})}
         if base is not None:
+            if osp.isfile(base):
+                check_pickle(base)
             cfg.default_hooks['peft_checkpoint']['base'] = base
 
 

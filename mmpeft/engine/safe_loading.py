@@ -66,12 +66,13 @@ def latest_checkpoint(folder: str) -> Optional[str]:
     or the one it names, where mmpeft does not write it; then it is the newest
     one that is whole.
     """
-    note, named = osp.join(folder, 'last_checkpoint'), ''
-    if osp.isfile(note):
-        with open(note) as file:
-            named = file.read().strip()
+    note = osp.join(folder, 'last_checkpoint')
+    if not osp.isfile(note):
+        return None
+    with open(note) as file:
+        named = file.read().strip()
     files = sorted(
-        glob.glob(osp.join(glob.escape(folder), '*.pth')),
+        glob.glob(osp.join(glob.escape(folder), '*[0-9].pth')),
         key=osp.getmtime,
         reverse=True)
     # The best ones have no state of the optimizer.

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip('mmseg')
 
 import segmentor  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import CheckpointLoader, Runner  # noqa: E402
 
 from mmpeft import load_delta, save_delta  # noqa: E402
@@ -21,17 +20,8 @@ from mmpeft.errors import PEFTError  # noqa: E402
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     """Weights of the backbone without its output norms, as from ImageNet."""
-    import mmseg.models  # noqa: F401
-    torch.manual_seed(7)
-    backbone = MODELS.build(segmentor.BACKBONE)
-    state = {
-        k: v + .02 * torch.randn(v.shape) if v.is_floating_point() else v
-        for k, v in backbone.state_dict().items()
-        if not k.startswith(('norm0', 'norm1'))
-    }
-    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
-    write_checkpoint(dict(state_dict=state), path)
-    return path
+    return segmentor.write_base(
+        str(tmp_path_factory.mktemp('base') / 'base.pth'))
 
 
 def config(base, work_dir, method='Mona:dim=4', iters=4, hook=None, **kwargs):

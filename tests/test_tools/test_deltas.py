@@ -10,7 +10,6 @@ import torch
 pytest.importorskip('mmseg')
 
 import segmentor  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
 
 from mmpeft.delta_file import read_delta  # noqa: E402
 from mmpeft.engine.checkpoint import write_checkpoint  # noqa: E402
@@ -35,16 +34,8 @@ def tool(name, *args, code=0):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """Folder of a run with a config file, checkpoints and deltas."""
-    import mmseg.models  # noqa: F401
     folder = tmp_path_factory.mktemp('run')
-    torch.manual_seed(7)
-    backbone = MODELS.build(segmentor.BACKBONE)
-    state = {
-        k: v + .02 * torch.randn(v.shape) if v.is_floating_point() else v
-        for k, v in backbone.state_dict().items()
-        if not k.startswith(('norm0', 'norm1'))
-    }
-    write_checkpoint(dict(state_dict=state), str(folder / 'base.pth'))
+    segmentor.write_base(str(folder / 'base.pth'))
     cfg = segmentor.config(
         'LoRA:rank=4',
         str(folder),

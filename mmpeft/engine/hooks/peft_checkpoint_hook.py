@@ -10,6 +10,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from ...delta import (delta_names, make_header, missing_in, peft_states,
                       save_delta)
@@ -34,10 +35,12 @@ class PEFTCheckpointHook(Hook):
 
     ``epoch_3.pth`` gets ``epoch_3_delta.safetensors``, and so do the best
     ones; not where all of the model trains. Where an average over time (EMA)
-    is published, the delta has that. It is removed when its checkpoint is. Files are complete or not there at
-    all, and an old one is deleted after the new one is complete; the stock
-    hook deletes first. With ``max_keep_ckpts=1`` two are kept: a run that
-    dies before ``last_checkpoint`` names the new one goes on from the old.
+    is published, the delta has that. It is removed when its checkpoint is.
+
+    Files are complete or not there at all, and an old one is deleted after
+    the new one is complete; the stock hook deletes first. With
+    ``max_keep_ckpts=1`` two are kept: a run that dies before
+    ``last_checkpoint`` names the new one goes on from the old.
 
     It also lets the Runner read deltas (``load_from``, ``--resume``), and
     stores the state of the random numbers of every rank, so that a resumed
@@ -88,11 +91,23 @@ class PEFTCheckpointHook(Hook):
                     'the next one is written; two are kept.')
 
     def before_train(self, runner) -> None:
+        if self._save is not None and _in_shards(runner.model):
+            self._no_deltas(runner)
         # After CheckpointHook has made its own.
         for hook in runner.hooks:
             if self._save is not None and isinstance(hook, CheckpointHook):
                 hook.file_backend = _DeletesLater(hook.file_backend)
                 self._backends.append(hook.file_backend)
+
+    def _no_deltas(self, runner) -> None:
+        way_out = ("with state_dict_cfg='full' of FSDPStrategy, "
+                   'tools/extract_peft.py takes one from a checkpoint')
+        if self.keep == 'delta':
+            raise PEFTError("keep='delta' needs whole parameters, but those "
+                            "of this run are shards; use keep='both': "
+                            f'{way_out}.')
+        runner.logger.info('The parameters of this run are shards, so no '
+                           f'delta is written; {way_out}.')
 
     def after_run(self, runner) -> None:
         expect_model(False)
@@ -101,9 +116,12 @@ class PEFTCheckpointHook(Hook):
         model = _model(runner)
         if not peft_states(model):
             return
+        checkpoint['peft_randomness'] = self._gathered
+        if _in_shards(runner.model) or 'state_dict' not in checkpoint:
+            # FSDP, DeepSpeed: the base of the delta is on no rank.
+            return
         if all(p.requires_grad for p in model.parameters()):
             # Full: the delta would be the checkpoint once more.
-            checkpoint['peft_randomness'] = self._gathered
             return
         if self._extra is None:
             frozen = {n for n, p in model.named_parameters()}
@@ -119,7 +137,6 @@ class PEFTCheckpointHook(Hook):
                 k: v
                 for k, v in checkpoint['meta'].items() if k in KEPT_META
             })
-        checkpoint['peft_randomness'] = self._gathered
         checkpoint['peft_sources'] = self.sources
         if self.keep == 'delta':
             about = dict(
@@ -214,6 +231,8 @@ class _LoadHook(Hook):
                     'the optimizer; resume from the .pth beside it, or start '
                     'from it with load_from.')
             complete(_model(runner), checkpoint, self.owner.base)
+        elif _in_shards(runner.model):
+            pass  # no shape is that of the file
         elif runner._resume or runner._train_loop is None:
             # Where training starts, another head may be meant.
             check_whole(_model(runner), checkpoint.get('state_dict'))
@@ -232,3 +251,8 @@ class _LoadHook(Hook):
 def _model(runner):
     model = runner.model
     return model.module if is_model_wrapper(model) else model
+
+
+def _in_shards(model) -> bool:
+    """Whether FSDP has flattened parameters and cut them into pieces."""
+    return any(isinstance(m, FSDP) for m in model.modules())
