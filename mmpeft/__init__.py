@@ -16,6 +16,7 @@ _PUBLIC = {
     'apply': '.api',
     'merge': '.merging',
     'merged_state_dict': '.merging',
+    'unmerge': '.engine.merge',
     'fold': '.folding',
     'attach': '.tasks',
     'active': '.tasks',
