@@ -11,16 +11,23 @@ import signal
 import sys
 from argparse import Namespace
 
+import mmseg.utils
 import segmentor
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 import mmpeft.engine.hooks  # noqa: F401
 from mmpeft.cli import run
 from mmpeft.engine.merge import merge_checkpoint
 from mmpeft.engine.run import build_runner, prepare
+from mmpeft.registry import METHODS, SITE_MAPS
 
-ITERS = 8
+ITERS = 6
+# All that a run imports.
+mmseg.utils.register_all_modules(init_default_scope=False)
+for registry in (METHODS, SITE_MAPS):
+    registry.import_from_location()
 
 
 class Writes:
@@ -92,6 +99,9 @@ def quiet():
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     MMLogger._instance_dict.clear()
+    # To lay out the text of the config, for each checkpoint, takes longer
+    # than all the rest.
+    Config.pretty_text = property(lambda self: repr(self.to_dict()))
 
 
 def train(config, folder, byte=None, act=die, limit=None):

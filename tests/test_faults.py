@@ -138,8 +138,8 @@ def merging(tmp_path_factory):
     folder = tmp_path_factory.mktemp('merging')
     base = segmentor.write_base(str(folder / 'base.pth'))
     config = fault_runs.write_config(str(folder), base, method='LoRA:rank=4')
-    assert finish(fault_runs.train, config, str(folder)) == 0
-    source = f'{folder}/iter_{fault_runs.ITERS}.pth'
+    assert finish(fault_runs.train, config, f'{folder}/run') == 0
+    source = f'{folder}/run/iter_{fault_runs.ITERS}.pth'
     assert finish(fault_runs.merge, config, source, f'{folder}/merged') == 0
     return config, source, f'{folder}/merged'
 
