@@ -107,7 +107,7 @@ def main():
     else:
         known = json.loads(JSON.read_text()) if JSON.is_file() else {}
         known[stack()] = dict(
-            versions=versions(), configs=rows, unsupported=others)
+            versions=versions(), rows=grouped(rows), unsupported=others)
         JSON.write_text(dump(known))
         write_table(JSON, TABLE)
     crashed = [
@@ -124,23 +124,31 @@ def main():
 
 
 def dump(results):
-    """JSON with one config per line."""
-    lines = []
+    """JSON with one line for all configs that came out the same."""
+    text = []
     for name in sorted(results):
         part = results[name]
-        rows = [
-            f'   {json.dumps(c)}: {json.dumps(r)}'
-            for c, r in part['configs'].items()
-        ]
+        rows = [f'   {json.dumps(row)}' for row in part['rows']]
         others = [
-            f'   {json.dumps(c)}: {json.dumps(r)}'
-            for c, r in part['unsupported'].items()
+            f'   {json.dumps(key)}: {json.dumps(configs)}'
+            for key, configs in part['unsupported'].items()
         ]
-        lines.append(f' {json.dumps(name)}: {{\n'
-                     f'  "versions": {json.dumps(part["versions"])},\n'
-                     '  "configs": {\n' + ',\n'.join(rows) + '\n  },\n'
-                     '  "unsupported": {\n' + ',\n'.join(others) + '\n  }\n }')
-    return '{\n' + ',\n'.join(lines) + '\n}\n'
+        text.append(f' {json.dumps(name)}: {{\n'
+                    f'  "versions": {json.dumps(part["versions"])},\n'
+                    '  "rows": [\n' + ',\n'.join(rows) + '\n  ],\n'
+                    '  "unsupported": {\n' + ',\n'.join(others) + '\n  }\n }')
+    return '{\n' + ',\n'.join(text) + '\n}\n'
+
+
+def grouped(rows):
+    """The rows of all configs, each with the configs that have it."""
+    groups = {}
+    for config, row in rows.items():
+        groups.setdefault(json.dumps(row), []).append(config)
+    return [
+        dict(json.loads(row), configs=configs)
+        for row, configs in groups.items()
+    ]
 
 
 if __name__ == '__main__':

@@ -13,8 +13,9 @@ from mmpeft.config import configs_root
 
 __all__ = ['candidates', 'transformers']
 
-# What the source of a file with attention over tokens has in it.
-ATTENTION = re.compile(r'qkv|[Mm]ulti_?[Hh]ead_?[Aa]ttention|WindowMSA')
+# What the source of a file with attention over tokens has in it; VAN has a
+# convolution of that name.
+ATTENTION = re.compile(r'\bnum_heads\b')
 BACKBONES = re.compile(r'\.(backbones|selfsup|multimodal)\.')
 # Not configs of one model: shared by inclusion, or read by scripts.
 INCLUDED = ('_base_', 'common')

@@ -236,4 +236,4 @@ def _line(error: Exception) -> str:
     text = ' '.join(str(error).split())
     if not isinstance(error, PEFTError):
         text = f'{type(error).__name__}: {text}'
-    return text if len(text) < 200 else text[:197] + '...'
+    return text if len(text) < 300 else text[:297] + '...'

@@ -6,6 +6,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from sweep_run import ALONE, CRASH, METHODS, REFUSED, STOCK_BROKEN, WORKS
 
+from benchmarks.real.markdown import table
+
 __all__ = ['write_table']
 
 VERDICTS = {
@@ -38,21 +40,29 @@ brackets is a reason, at the end of the page.
 def write_table(results: Path, page: Path) -> None:
     """Write the page from the results of all stacks."""
     stacks = json.loads(results.read_text())
+    for stack in stacks.values():
+        stack['configs'] = {
+            config: row
+            for row in stack['rows']
+            for config in row['configs']
+        }
     reasons: Dict[str, int] = {}
     lines = [HEAD, *_summary(stacks)]
     for library in ('mmdet', 'mmseg', 'mmpretrain'):
         lines += ['', f'## {library}', '']
         rows = _rows(stacks, library, reasons)
-        lines += _table(('folder', 'backbone', *METHODS, 'configs'), rows)
+        lines.append(table(['config', 'backbone', *METHODS], rows))
     lines += ['', *_no_family(stacks)]
     lines += ['', '## Reasons', '']
-    lines += [f'{n}. {_plain(text)}' for text, n in reasons.items()]
+    texts = [[f'[{n}]', _plain(text)] for text, n in reasons.items()]
+    lines.append(table(['', 'reason'], texts))
     page.write_text('\n'.join(lines) + '\n')
 
 
 def _summary(stacks: Dict[str, Any]) -> Iterator[str]:
     for name, stack in stacks.items():
-        versions = ', '.join(f'{k} {v}' for k, v in stack['versions'].items())
+        versions = ', '.join(f'{k} {v.partition("+")[0]}'
+                             for k, v in stack['versions'].items())
         yield f'- {name}: {versions}'
     yield ''
     rows = []
@@ -65,41 +75,42 @@ def _summary(stacks: Dict[str, Any]) -> Iterator[str]:
                         if config.startswith(library + '::'))
                 for name, stack in stacks.items()
             }
-            rows.append((library, method, *(_both({
-                n: str(c[verdict])
-                for n, c in counts.items()
-            }) for verdict in VERDICTS)))
-    yield from _table(('library', 'method', *VERDICTS), rows)
+            rows.append([
+                library, method, *(_both({
+                    n: str(c[verdict])
+                    for n, c in counts.items()
+                }) for verdict in VERDICTS)
+            ])
+    yield table(['library', 'method', *VERDICTS], rows)
     yield ''
     for verdict, meaning in VERDICTS.items():
         yield f'- **{verdict}**: {meaning}.'
 
 
 def _rows(stacks: Dict[str, Any], library: str,
-          reasons: Dict[str, int]) -> List[tuple]:
-    """One row for each folder, backbone and outcome."""
+          reasons: Dict[str, int]) -> List[List[str]]:
+    """One row for each config of a library."""
     configs: Dict[str, Dict[str, dict]] = {}
     for name, stack in stacks.items():
         for config, row in stack['configs'].items():
             if config.startswith(library + '::'):
                 configs.setdefault(config, {})[name] = row
-    groups: Dict[tuple, List[str]] = {}
+    lines = []
     for config in sorted(configs):
         rows = configs[config]
-        folder, _, file = config.partition('::')[2].rpartition('/')
         row = next(iter(rows.values()))
-        where = '' if row['at'] == 'model.backbone' else f' at `{row["at"]}`'
-        backbone = row['type'].split('.')[-1] + where * bool(row['at'])
+        backbone = row['type'].split('.')[-1]
+        if row['at'] not in ('', 'model.backbone'):
+            backbone += f' at `{row["at"]}`'
         cells = [
             _both({
                 s: _outcome(rows[s][m], reasons) if s in rows else 'absent'
                 for s in stacks
             }) for m in METHODS
         ]
-        groups.setdefault((folder, backbone, *cells),
-                          []).append(file[:-len('.py')])
-    return [(*group, f'{len(files)}: ' + ', '.join(f'`{f}`' for f in files))
-            for group, files in groups.items()]
+        name = config.partition('::')[2][:-len('.py')]
+        lines.append([f'`{name}`', backbone, *cells])
+    return lines
 
 
 def _outcome(text: str, reasons: Dict[str, int]) -> str:
@@ -127,19 +138,14 @@ def _no_family(stacks: Dict[str, Any]) -> Iterator[str]:
         for key, configs in stack['unsupported'].items():
             library, backbone = key.split(': ')
             counts.setdefault((library, backbone), {})[name] = len(configs)
-    rows = [(library, f'`{backbone}`',
-             _both({s: str(found.get(s, 0))
-                    for s in stacks}))
-            for (library, backbone), found in sorted(counts.items())]
-    yield from _table(('library of the config', 'backbone', 'configs'), rows)
+    rows = [[
+        library, f'`{backbone}`',
+        _both({s: str(found.get(s, 0))
+               for s in stacks})
+    ] for (library, backbone), found in sorted(counts.items())]
+    yield table(['library of the config', 'backbone', 'configs'], rows)
 
 
 def _plain(text: str) -> str:
     """Text of an error, harmless in Markdown."""
     return '`' + text.replace('`', "'") + '`'
-
-
-def _table(head: tuple, rows: List[tuple]) -> List[str]:
-    # mdformat pads the columns to one width, which is of no use here.
-    rule = tuple(':' + '-' * max(2, len(cell) - 1) for cell in head)
-    return ['| ' + ' | '.join(row) + ' |' for row in (head, rule, *rows)]

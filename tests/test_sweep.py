@@ -143,34 +143,47 @@ def test_gradients_are_checked(case, wrong):
 
 def test_page(tmp_path):
     row = dict(at='model.backbone', type='mmseg.BEiT', LoRA='works')
+    refused = dict(
+        row, Mona='refused: no `grid`', configs=['mmseg::beit/c.py'])
+    good = dict(row, Mona='works', configs=['mmseg::beit/a.py'])
+    bad = dict(row, Mona='crash: ValueError: 1', configs=['mmseg::beit/b.py'])
+    both = dict(good, configs=good['configs'] + bad['configs'])
     results = dict(
         one=dict(
             versions=dict(torch='1'),
-            configs={
-                'mmseg::beit/a.py': dict(row, Mona='works'),
-                'mmseg::beit/b.py': dict(row, Mona='works'),
-                'mmseg::beit/c.py': dict(row, Mona='refused: no `grid`'),
-            },
+            rows=[both, refused],
             unsupported={'mmseg: mmseg.SVT': ['x', 'y']}),
         two=dict(
             versions=dict(torch='2'),
-            configs={
-                'mmseg::beit/a.py': dict(row, Mona='works'),
-                'mmseg::beit/b.py': dict(row, Mona='crash: ValueError: 1'),
-                'mmseg::beit/c.py': dict(row, Mona='refused: no `grid`'),
-            },
+            rows=[good, bad, refused],
             unsupported={}))
     (tmp_path / 'results.json').write_text(json.dumps(results))
     write_table(tmp_path / 'results.json', tmp_path / 'page.md')
-    lines = (tmp_path / 'page.md').read_text().splitlines()
-    for line in [
-            '| beit | BEiT | works | works | 1: `a` |',
-            '| beit | BEiT | works (one), crash [1] (two) | works | 1: `b` |',
-            '| beit | BEiT | refused [2] | works | 1: `c` |',
-            '1. `ValueError: 1`',
-            "2. `no 'grid'`",
-            '| mmseg | `mmseg.SVT` | 2 (one), 0 (two) |',
-            '| mmseg | Mona | 2 (one), 1 (two) | 0 | 1 | 0 | 0 (one), 1 (two) '
-            '|',
+    text = (tmp_path / 'page.md').read_text()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in text.splitlines() if line.startswith('|')]
+    for row in [
+        ['`beit/a`', 'BEiT', 'works', 'works'],
+        ['`beit/b`', 'BEiT', 'works (one), crash [1] (two)', 'works'],
+        ['`beit/c`', 'BEiT', 'refused [2]', 'works'],
+        ['mmseg', '`mmseg.SVT`', '2 (one), 0 (two)'],
+        ['[1]', '`ValueError: 1`'],
+        ['[2]', "`no 'grid'`"],
+        [
+            'mmseg', 'Mona', '2 (one), 1 (two)', '0', '1', '0',
+            '0 (one), 1 (two)'
+        ],
     ]:
-        assert line in lines
+        assert row in rows
+
+
+def test_shipped_page_is_of_the_shipped_results(tmp_path):
+    results = ROOT / 'docs/en/stock_configs.json'
+    write_table(results, tmp_path / 'page.md')
+    page = (tmp_path / 'page.md').read_text()
+    assert page == results.with_suffix('.md').read_text()
+    stacks = json.loads(results.read_text())
+    assert sorted(stacks) == ['classic', 'maintained']
+    for stack in stacks.values():
+        assert not any(row[m].startswith('crash') for row in stack['rows']
+                       for m in sweep_run.METHODS)
