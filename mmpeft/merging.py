@@ -27,8 +27,8 @@ def merged_state_dict(model: nn.Module) -> 'OrderedDict[str, Tensor]':
         model (nn.Module): A model or backbone with methods attached.
 
     Raises:
-        MergeError: If a method cannot be folded exactly, or its weights are
-            not finite.
+        MergeError: If a method cannot be folded exactly, or weights are not
+            finite.
     """
     reasons, folds = [], []
     for host, places in _places(model).items():
@@ -47,9 +47,20 @@ def merged_state_dict(model: nn.Module) -> 'OrderedDict[str, Tensor]':
                          'is; tools/test.py reads it.')
     merged = OrderedDict((k, v) for k, v in model.state_dict().items()
                          if '.peft.' not in f'.{k}')
+    _check_finite(model, merged)
     for path, modules in folds:
         _fold(merged, path, model.get_submodule(path), modules)
     return merged
+
+
+def _check_finite(model: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Stock tensors; buffers may hold infinities, as masks of attention."""
+    parameters = {n for n, _ in model.named_parameters()}
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all() and (
+                name in parameters or value.isnan().any()):
+            raise MergeError(f'{name} has values that are not finite; the run '
+                             'diverged, take an earlier checkpoint.')
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -178,10 +189,10 @@ def _join(state: Dict[str, Tensor], names: Sequence[Optional[str]],
 
 
 def _own_weights(module: PEFTModule) -> Iterator[Tuple[str, Tensor]]:
-    """Parameters of a module, and of what it shares with others."""
-    yield from module.named_parameters()
-    for owner in module._shared:
+    """Tensors of a module, and of what it shares with others."""
+    for owner in (module, *module._shared):
         yield from owner.named_parameters()
+        yield from owner.named_buffers()
 
 
 def _rounded(layer: str, value: Tensor, like: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ def family_of(kind):
 def perturb(module, only='.peft.'):
     """Random values everywhere, so that no zero hides a mistake."""
     generator = torch.Generator().manual_seed(1)
+    module.state_dict()  # what waits for its base would start again later
     for name, parameter in module.named_parameters():
         if only in f'.{name}':
             noise = torch.randn(parameter.shape, generator=generator)
