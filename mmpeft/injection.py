@@ -167,7 +167,9 @@ def eject(backbone: nn.Module) -> nn.Module:
     for part in blocks[0].family.parts(backbone) if blocks else ():
         disconnect(part.module)
         part.module._modules.pop('peft', None)
-        part.module.__dict__.pop('_peft_output', None)
+    for module in backbone.modules():
+        # Of a norm, which is no part if it has no weight, or of a neck.
+        module.__dict__.pop('_peft_output', None)
     if isinstance(getattr(backbone, 'peft', None), PEFTState):
         blocks[0].family.release(backbone)
         backbone.peft.release(backbone)

@@ -202,12 +202,6 @@ class TimmSwinSites(TimmSites):
         return handles
 
     @classmethod
-    def release(cls, backbone: nn.Module) -> None:
-        for path in filter(None, cls.outputs(backbone).values()):
-            norm = backbone.get_submodule(path)
-            norm.__dict__.pop('_peft_output', None)
-
-    @classmethod
     def unreached(cls, backbone: nn.Module) -> List[str]:
         prefix, getter = cls.model(backbone)[0], cls.getter(backbone)
         if getter is None:

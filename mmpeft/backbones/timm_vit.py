@@ -219,8 +219,7 @@ class TimmViTSites(TimmSites):
 
     @classmethod
     def release(cls, backbone: nn.Module) -> None:
-        getter, model = cls.getter(backbone), cls.model(backbone)[1]
-        model.norm.__dict__.pop('_peft_output', None)
+        getter = cls.getter(backbone)
         if hasattr(getter, '_stock_norm'):
             getter.norm = getter.__dict__.pop('_stock_norm')
 

@@ -187,8 +187,6 @@ class ViTSAMSites(SiteMap):
     @classmethod
     def release(cls, backbone: nn.Module) -> None:
         backbone.__dict__.pop('_format_output', None)
-        if backbone.out_channels > 0:
-            backbone.channel_reduction.__dict__.pop('_peft_output', None)
 
     @classmethod
     def unreached(cls, backbone: nn.Module) -> List[str]:
