@@ -135,6 +135,8 @@ class _Unpickler(pickle.Unpickler):
             return self._getattr
         if (module, name) == ('_codecs', 'encode'):
             return _encode
+        if (module, name) == ('torch._tensor', '_rebuild_from_type_v2'):
+            return self._rebuild
         if module == HISTORY[0] and name in METHODS:  # since protocol 4
             return _Method()
         allowed = name in ALLOWED.get(module, ()) or (
@@ -152,6 +154,16 @@ class _Unpickler(pickle.Unpickler):
         if owner is not self.known.get(HISTORY) or name not in STATISTICS:
             raise Refused('builtins.getattr')
         return _Method()
+
+    def _rebuild(self, function: Any, kind: Any, *rest: Any) -> _StandIn:
+        """A tensor with attributes; it calls the first argument."""
+        makers = [
+            c for (module, name), c in self.known.items()
+            if module == 'torch._utils' and name.startswith('_rebuild')
+        ]
+        if not any(function is maker for maker in makers):
+            raise Refused('torch._tensor._rebuild_from_type_v2')
+        return _StandIn()
 
     def persistent_load(self, saved: Any) -> _StandIn:
         """Where torch refers to a tensor."""

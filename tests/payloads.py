@@ -68,7 +68,7 @@ def write_zip(path, data, **more):
 def by_getattr(marker):
     """Opcodes that come from a harmless class to open(), by getattr alone.
 
-    What a list that has getattr on it lets through, as mmengine's own has.
+    What a list of names that has getattr on it lets through.
     """
     name = struct.pack('<I', len(str(marker))) + str(marker).encode()
 

@@ -221,6 +221,20 @@ def test_bad_checkpoints(trained, tmp_path, name):
         assert there == on_disk(tmp_path)
 
 
+def test_downloads_are_checked_before_they_are_opened(tmp_path, monkeypatch):
+    marker = tmp_path / 'ran'
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(
+        torch.hub, 'download_url_to_file', lambda url, file, *args, **kwargs:
+        torch.save([payloads.touch(marker)], file))
+    guard_loading()
+    url = 'https://example.invalid/weights.pth'
+    for _ in range(2):  # then it is in the cache
+        refuses('refers to', CheckpointLoader.load_checkpoint, url)
+        refuses('refers to', check_files, dict(load_from=url))
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize('name', MISFITS)
 def test_checkpoints_of_another_model(trained, tmp_path, name):
     """Stock would warn, and train or test what it happens to have."""

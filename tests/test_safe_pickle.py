@@ -49,8 +49,11 @@ def everything():
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
+    marked = torch.ones(2)
+    marked.mark = 'of FSDP'
     return dict(
         state_dict=layer.state_dict(),
+        marked=marked,
         parameter=layer.weight,
         view=torch.arange(12).view(3, 4)[:, 1:],
         dtypes=[
@@ -137,7 +140,7 @@ def test_looking_runs_nothing(tmp_path):
 
 
 def test_not_through_getattr(tmp_path):
-    """mmengine's own list has getattr, which leads everywhere."""
+    """Logs of mmengine refer to it, and it leads everywhere."""
     marker, path = tmp_path / 'ran', str(tmp_path / 'a.pth')
     payloads.write_zip(path, payloads.by_getattr(marker))
     assert 'getattr' in refused(path)
@@ -161,13 +164,15 @@ def test_not_through_getattr(tmp_path):
         b'\x80\x02c__builtin__\ngetattr\n(cmmengine.logging.history_buffer\n'
         b'HistoryBuffer\nX\x04\x00\x00\x00meantR}X\x01\x00\x00\x00aK\x01sb.',
         b'\x80\x02\x82\x01.',
+        b'\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\n'
+        b'getattr\nctorch\nTensor\n))tR.',
         b'\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlib'
         b'tR.',
         b'\x80\x02(X\x06\x00\x00\x00moduleX\x01\x00\x00\x00atQ.',
     ],
     ids=[
         'name', 'names', 'dotted', 'inst', 'build-class', 'build-method',
-        'extension', 'codec', 'module'
+        'extension', 'rebuild', 'codec', 'module'
     ])
 def test_odd_ways_to_a_name(tmp_path, data):
     payloads.write_zip(str(tmp_path / 'a.pth'), data)
