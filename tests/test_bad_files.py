@@ -232,6 +232,7 @@ def test_downloads_are_checked_before_they_are_opened(tmp_path, monkeypatch):
     for _ in range(2):  # then it is in the cache
         refuses('refers to', CheckpointLoader.load_checkpoint, url)
         refuses('refers to', check_files, dict(load_from=url))
+        refuses('refers to', read_checkpoint, url)
     assert not marker.exists()
 
 

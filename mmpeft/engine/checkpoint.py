@@ -15,6 +15,7 @@ from ..plan import parse_methods
 from ..safe_pickle import check_pickle
 from ..state import load_whole
 from ..whole_file import whole_file
+from .safe_loading import guard_loading
 
 __all__ = [
     'is_delta', 'read_checkpoint', 'write_checkpoint', 'strip_method',
@@ -31,10 +32,12 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if '://' not in path and not osp.isfile(path):
         raise MissingFileError(f'There is no checkpoint {path!r}; looked at '
                                f'{osp.abspath(path)}.')
-    if '://' not in path and is_delta(path):
+    if '://' in path:
+        guard_loading()
+    elif is_delta(path):
         from .delta_loading import register  # it reads bases through this
         register()
-    elif '://' not in path and not path.endswith('.safetensors'):
+    elif not path.endswith('.safetensors'):
         check_pickle(path, content=True)
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
