@@ -11,6 +11,9 @@ from mmpeft.backbones import find_family
 from mmpeft.engine.listing import refusal
 from mmpeft.registry import METHODS as METHOD_CLASSES
 
+# Its checks say what differs, as those of a test file do.
+pytest.register_assert_rewrite('families')
+
 #: Every method with widths that fit a backbone of 16 and 32 channels.
 METHODS = {
     'Full': 'Full',

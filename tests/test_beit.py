@@ -5,16 +5,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import perturb
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-from test_vit import ALL_SITES, Sum, blocks_of, classifier, equal
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_joined, check_layer_decay, check_merged,
+                      check_methods, check_recognised, check_skipped,
+                      classifier, equal, image_of, loss_of, peft_cfg,
+                      run, scope_of)
+from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
-from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, SiteError
-from mmpeft.injection import eject, inject
 from mmpeft.merging import merged_state_dict
 
 pytest.importorskip('mmpretrain')
@@ -67,13 +66,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run, which other tests leave
-    behind."""
-    init_default_scope('mmpretrain')
-
-
 def cfg_of(variant, **kwargs):
     """Anew: the stock constructor counts negative outputs in place."""
     cfg = copy.deepcopy(VARIANTS[variant])
@@ -81,70 +73,23 @@ def cfg_of(variant, **kwargs):
     return {**base, **cfg, **kwargs}
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    masked = 'Pretrain' in type(backbone).__name__
-    return list(backbone(image, None) if masked else backbone(image))
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 32, 32)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(32, 32)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached, gradients of both biases included."""
+    """Gradients of both biases included."""
     stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    assert list(bare.state_dict()) == list(stock.state_dict())
-    grads = []
-    assert equal(run(stock, image), run(bare, image))
-    for backbone in (stock, bare):
-        sum((o**2).mean() for o in run(backbone, image)).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(run(stock, image), run(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    bare = check_bare(stock, image)
     assert [vars(b.module.attn).keys() for b in blocks_of(bare)
             ] == [vars(b.module.attn).keys() for b in blocks_of(stock)]
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
-    expected = run(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(*peft_of(variant, '+'.join(TOGETHER)), image)
 
 
 # ------------------------------------------------------------ the two biases
@@ -168,14 +113,11 @@ def test_what_the_projection_returns(variant, image):
 def test_merge_into_two_biases(variant, method, image):
     """What the keys are shifted by, softmax takes away again."""
     stock, peft = peft_of(variant, method)
-    perturb(peft).eval(), stock.eval()
     if method == 'SSF':
         for layer in peft.layers:
             layer.peft.ssf.qkv.shift.data[16:32] += 2
+    check_merged(stock, peft, image)
     merged = merged_state_dict(peft)
-    stock.load_state_dict(merged, strict=True)
-    for a, b in zip(run(stock, image), run(peft, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
     attn = peft.layers[0].attn
     assert not torch.equal(merged['layers.0.attn.v_bias'], attn.v_bias)
     if method == 'SSF':
@@ -198,10 +140,7 @@ def test_no_bias_at_all(variant, image):
     with pytest.raises(MergeError, match='qkv has no bias in the stock'):
         merged_state_dict(peft)
     stock, peft = peft_of(variant, 'LoRA:rank=2+IA3')
-    perturb(peft).eval(), stock.eval()
-    stock.load_state_dict(merged_state_dict(peft), strict=True)
-    for a, b in zip(run(stock, image), run(peft, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    check_merged(stock, peft, image)
 
 
 def test_bitfit(image):
@@ -209,7 +148,7 @@ def test_bitfit(image):
     trained = {n for n, p in peft.named_parameters() if p.requires_grad}
     for leaf in ('q_bias', 'v_bias', 'relative_position_bias_table'):
         assert f'layers.1.attn.{leaf}' in trained
-    sum((o**2).mean() for o in run(peft, image)).backward()
+    loss_of(peft, image).backward()
     assert all(p.grad is not None for p in peft.parameters()
                if p.requires_grad)
 
@@ -241,7 +180,8 @@ def test_prompts_are_tokens_without_a_bias(method, image):
     assert (out - x[:, 4:]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('method', ALL_SITES[1:3] + ALL_SITES[-1:])
+@pytest.mark.parametrize('method',
+                         TOGETHER[1:3] + ['VPTDeep:num_tokens=2,norm=False'])
 def test_own_tables_are_as_a_shared_one(method, image):
     _, own = peft_of('', method)
     _, shared = peft_of('shared', method)
@@ -291,18 +231,12 @@ def test_other_sizes_of_images():
 def test_blocks_behind_the_last_output(image):
     for method in ('Mona:dim=4', 'LNTune', 'BitFit', 'SSF', 'LST:reduction=4'):
         _, peft = peft_of('mmseg, not the last', method)
-        assert peft.peft.skipped == ['layers.2']
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith(('layers.2.', 'ln1.')), name
+        check_skipped(peft, image, ['layers.2'], ('layers.2.', 'ln1.'))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output_once(variant, image):
-    """Against what the stock blocks give, by hand; the stream itself goes on
-    unchanged."""
+    """Against what the stock blocks give, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     ys, expected = [], []
@@ -319,25 +253,13 @@ def test_side_networks_join_each_output_once(variant, image):
             out = out[:, 1:].transpose(1, 2).contiguous()
             out = out.view(2, 16, 4, 4)
         expected.append(out)
-    outs = run(peft, image)
-    assert equal(outs, expected)
-    assert [o.stride() for o in outs] == [o.stride() for o in expected]
-    twin = copy.deepcopy(peft)
-    twin.peft.sum.weight.data.zero_()
-    assert equal(run(peft, image), expected)
-    assert equal(run(twin, image), run(stock, image))
-    eject(peft)
-    assert equal(run(peft, image), run(stock, image))
+    assert [o.stride()
+            for o in run(peft, image)] == [o.stride() for o in expected]
+    check_joined(stock, peft, image, expected)
     assert not peft._forward_hooks and not peft.layers[0]._forward_hooks
 
 
 # ------------------------------------------------- the rest of the stock API
-def peft_cfg(variant, method, **kwargs):
-    cfg = cfg_of(variant, **kwargs)
-    return dict(
-        cfg, type='mmpeft.PEFTBackbone', stock=cfg['type'], method=method)
-
-
 def segmentor(backbone):
     return dict(
         type='mmseg.EncoderDecoder',
@@ -364,25 +286,12 @@ DECAY = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
      dict(num_layers=3, layer_decay_rate=.5)),
 ])
 def test_layer_decay(variant, constructor, paramwise):
-    """Added parameters get the depth of their block."""
     import mmpretrain.engine.optimizers  # noqa: F401
     import mmseg.engine.optimizers  # noqa: F401
     model = classifier if 'mmpretrain' in constructor else segmentor
-    model = MODELS.build(model(peft_cfg(variant, DECAY)))
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            constructor=constructor,
-            optimizer=dict(type='AdamW', lr=1., weight_decay=.05),
-            paramwise_cfg=paramwise))
-    rates = {
-        id(p): group['lr']
-        for group in wrapper.optimizer.param_groups
-        for p in group['params']
-    }
-    for i, layer in enumerate(model.backbone.layers):
-        for parameter in layer.peft.parameters():
-            assert rates[id(parameter)] == .5**(4 - i - 1)
+    model = MODELS.build(model(peft_cfg(cfg_of(variant), DECAY)))
+    rates = check_layer_decay(
+        model, constructor=constructor, paramwise_cfg=paramwise)
     stem = model.backbone.patch_embed.projection.peft
     assert {rates[id(p)] for p in stem.parameters()} == {.5**4}
 
@@ -391,12 +300,7 @@ def test_configs_are_recognised():
     for variant, model in (('average', classifier), ('pre-training',
                                                      classifier),
                            ('mmseg', segmentor), ('MAE', segmentor)):
-        cfg = Config(dict(model=model(cfg_of(variant))))
-        assert list(find_backbones(cfg)) == ['model.backbone']
-        changed, _ = add_method(cfg, 'LoRA:rank=2')
-        backbone = MODELS.build(changed.model).backbone
-        assert type(backbone).__name__ == cfg.model.backbone.type.split(
-            '.')[-1]
+        backbone = check_recognised(model(cfg_of(variant)))
         assert backbone.layers[0].peft
 
 
@@ -441,7 +345,7 @@ def test_pretrained_by_mmseg(variant, image, tmp_path):
     torch.save(state, file)
     peft = MODELS.build(
         peft_cfg(
-            variant,
+            cfg_of(variant),
             'LoRA:rank=2',
             init_cfg=dict(type='Pretrained', checkpoint=file)))
     peft.init_weights()
@@ -473,7 +377,7 @@ def test_tables_of_another_size(variant, image, tmp_path, monkeypatch):
     torch.save(stock_of(variant, img_size=48).state_dict(), file)
     given = dict(init_cfg=dict(type='Pretrained', checkpoint=file))
     stock = MODELS.build(cfg_of(variant, **given))
-    peft = MODELS.build(peft_cfg(variant, 'LoRA:rank=2', **given))
+    peft = MODELS.build(peft_cfg(cfg_of(variant), 'LoRA:rank=2', **given))
     stock.init_weights(), peft.init_weights()
     assert train_step(peft, image)
     for name, parameter in stock.named_parameters():

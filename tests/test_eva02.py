@@ -5,13 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from test_vit import ALL_SITES, Sum, blocks_of, classifier, equal
+from families import (TOGETHER, Sum, builders, check_bare, check_joined,
+                      check_merged, check_methods, check_recognised,
+                      classifier, image_of, run, scope_of)
 
-from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, PEFTError
-from mmpeft.injection import eject, inject
 from mmpeft.merging import merged_state_dict
 from mmpeft.state import attached_modules
 
@@ -34,79 +32,26 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run, which other tests leave
-    behind."""
-    init_default_scope('mmpretrain')
-
-
 def cfg_of(variant, **kwargs):
     return {**BASE, **copy.deepcopy(VARIANTS[variant]), **kwargs}
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    return list(backbone(image))
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 37, 28)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(37, 28)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached, dropout included."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    grads = []
-    assert equal(run(stock, image), run(bare, image))
-    for backbone in (stock, bare):
-        sum((o**2).mean() for o in run(backbone, image)).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(run(stock, image), run(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    """Dropout included."""
+    check_bare(stock_of(variant), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
     # Enough class tokens for each hidden unit to be above zero for some.
     image = torch.cat([image, -image, 2 * image.flip(1)])
-    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
-    expected = run(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(*peft_of(variant, '+'.join(TOGETHER)), image)
 
 
 # ---------------------------------------------------------------- prompts
@@ -214,7 +159,7 @@ def test_side_networks_join_each_output_once(variant, image):
         if i == len(ys) - 1 and stock.final_norm:
             out = stock.ln1(out)
         expected.append(stock._format_output(out, (5, 4)))
-    assert equal(run(peft, image), expected)
+    check_joined(stock, peft, image, expected)
 
 
 def test_swiglu_layers(image):
@@ -229,10 +174,7 @@ def test_merge(image):
     """Keys are rotated, so that their bias matters, and is there to merge
     into; or there is none at all."""
     stock, peft = peft_of('sub-norm', 'SSF+RepAdapter:dim=4')
-    perturb(peft).eval(), stock.eval()
-    stock.load_state_dict(merged_state_dict(peft), strict=True)
-    for a, b in zip(run(stock, image), run(peft, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    check_merged(stock, peft, image)
     _, peft = peft_of('average', 'SSF')
     with pytest.raises(MergeError, match='qkv has no bias in the stock'):
         merged_state_dict(peft)
@@ -240,11 +182,8 @@ def test_merge(image):
 
 # ------------------------------------------------- the rest of the stock API
 def test_layer_decay_and_configs():
-    cfg = Config(dict(model=classifier(cfg_of('class token'))))
-    assert list(find_backbones(cfg)) == ['model.backbone']
-    changed, _ = add_method(cfg, 'Mona:dim=4+SSF')
-    backbone = MODELS.build(changed.model).backbone
-    assert type(backbone).__name__ == 'ViTEVA02'
+    backbone = check_recognised(
+        classifier(cfg_of('class token')), 'Mona:dim=4+SSF')
     for name, _ in backbone.named_parameters():
         depth, layers = backbone.get_layer_depth(name)
         if name.startswith('layers.'):

@@ -4,19 +4,19 @@ import copy
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import perturb
-from mmengine.registry import MODELS, init_default_scope
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_looked_at, check_methods, check_skipped, equal,
+                      image_of, peft_cfg, run, scope_of)
+from mmengine.registry import MODELS
 from test_sites import MAP_SITES, Look
-from test_vit import ALL_SITES, blocks_of, equal
 
 from mmpeft.config import add_method, find_backbones, load_config
 from mmpeft.counting import count_params
 from mmpeft.errors import PEFTError, SiteError
-from mmpeft.injection import eject, inject
 from mmpeft.merging import merged_state_dict
-from mmpeft.methods.side import SideNetwork, TrunkBlock
+from mmpeft.methods.side import TrunkBlock
 from mmpeft.methods.windows import attention_beside
 from mmpeft.sites import TokenLayout
 from mmpeft.state import attached_modules
@@ -44,90 +44,29 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    """That of a run, which other tests leave behind."""
-    init_default_scope('mmseg')
+def cfg_of(variant, **kwargs):
+    return {**BASE, **VARIANTS[variant], **kwargs}
 
 
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 52, 37)
-
-
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    cfg = {**BASE, **VARIANTS[variant], **kwargs}
-    return perturb(MODELS.build(cfg), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    """With the weights of a stock one, frozen in both."""
-    stock = stock_of(variant, **kwargs)
-    peft = inject(copy.deepcopy(stock), method, allow_random_base=True)
-    return stock.requires_grad_(False), peft
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    return backbone(image)
-
-
-def loss_of(backbone, image):
-    return sum((o**2).mean() for o in run(backbone, image))
+stock_of, peft_of = builders(cfg_of, frozen=True)
+scope = scope_of('mmseg')
+image = image_of(52, 37)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached: outputs and gradients, dropout and
-    drop-path in the same order."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    assert equal(run(stock, image), run(bare, image))
-    grads = []
-    for backbone in (stock, bare):
-        loss_of(backbone, image).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    """Dropout and drop-path in the same order."""
+    check_bare(stock_of(variant), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_attention_through_layers(variant, image):
-    """Bit-equal, too, when something at all sites changes nothing."""
-    stock, peft = peft_of(variant, dict(type=Look, at=MAP_SITES))
-    for training in (True, False):
-        stock.train(training), peft.train(training)
-        for one in (image, image[:1]):
-            assert equal(run(stock, one), run(peft, one))
+    check_looked_at(*peft_of(variant, dict(type=Look, at=MAP_SITES)), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    methods = ALL_SITES[:8] + ALL_SITES[9:10]
-    stock, peft = peft_of(variant, '+'.join(methods))
-    expected = run(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    loss_of(peft, image).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(*peft_of(variant, '+'.join(TOGETHER)), image)
 
 
 # --------------------------------------------------------------- linear layers
@@ -231,30 +170,6 @@ def test_prompts_join_behind_the_reduction(image):
 
 
 # --------------------------------------------------------------------- outputs
-class Sum(SideNetwork):
-    """Adds what left the blocks of a stage, and the same of earlier ones
-    through the patch embeddings between."""
-
-    def __init__(self, trunk):
-        super().__init__(trunk)
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def reset_parameters(self):
-        pass
-
-    def start(self, x, layout):
-        return torch.zeros_like(x)
-
-    def step(self, u, block, x, y, taps, layout):
-        return u + y
-
-    def next_stage(self, u, stage, downsample, layout):
-        return downsample(u)
-
-    def output(self, u, x, stage, layout):
-        return x + self.weight * u
-
-
 @pytest.mark.parametrize('ssf', [False, True])
 @pytest.mark.parametrize('variant', ['', 'not the last', 'some outputs'])
 def test_side_networks_leave_the_stream(variant, ssf, image):
@@ -324,12 +239,7 @@ def test_stages_behind_the_last_output(image):
     for method in ('Mona:dim=4', 'LNTune', 'BitFit', 'SSF', 'LST:reduction=4',
                    'Partial', 'E3VA:rank=2'):
         _, peft = peft_of('not the last', method)
-        assert peft.peft.skipped == ['layers.2.1.0']
-        loss_of(peft, image).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith('layers.2.'), name
+        check_skipped(peft, image, ['layers.2.1.0'], ('layers.2.', ))
 
 
 def test_parts():
@@ -382,12 +292,7 @@ def numel_of_stage(before, d, patch, ratio):
 
 
 def test_weights_that_were_never_loaded(image):
-    peft = MODELS.build(
-        dict(
-            BASE,
-            type='mmpeft.PEFTBackbone',
-            stock=BASE['type'],
-            method='LoRA:rank=2'))
+    peft = MODELS.build(peft_cfg(BASE, 'LoRA:rank=2'))
     with pytest.raises(PEFTError, match='never loaded'):
         run(peft, image)
     peft.load_state_dict(stock_of('').state_dict(), strict=False)

@@ -5,27 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from test_vit import ALL_SITES, blocks_of, classifier, equal
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_joined, check_methods, check_recognised,
+                      check_skipped, classifier, image_of, near, run, scope_of)
 
-from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import MergeError
-from mmpeft.injection import eject, inject
 from mmpeft.merging import merge, merged_state_dict
-from mmpeft.methods.side import SideNetwork
 from mmpeft.state import attached_modules, load_whole
 
 pytest.importorskip('mmpretrain')
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run, which other tests leave
-    behind."""
-    init_default_scope('mmpretrain')
-
 
 ARCH = dict(
     embed_dims=8,
@@ -67,78 +56,24 @@ def cfg_of(variant, **kwargs):
     return copy.deepcopy({**BASE, **VARIANTS[variant], **kwargs})
 
 
-def stock_of(variant='three stages', **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    return backbone(image)
-
-
-def near(a, b):
-    return all(
-        (x - y).abs().max() < 1e-5 * y.abs().max() for x, y in zip(a, b))
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 44, 36)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(44, 36)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached: frozen, and with the same gradients
-    for all it has, the MLP of the positions and the scales too."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    with torch.no_grad():
-        assert equal(run(stock, image), run(bare, image))
-    results = []
-    for backbone in (stock, bare):
-        outs = run(backbone, image.requires_grad_())
-        sum((o**2).mean() for o in outs).backward()
-        results.append((outs, [p.grad for p in backbone.parameters()]))
-    assert equal(results[0][0], results[1][0])
-    for a, b in zip(results[0][1], results[1][1]):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
-    assert equal(run(bare, image), run(stock, image))
+    """With the same gradients for all it has, the MLP of the positions and
+    the scales too."""
+    check_bare(stock_of(variant), image.requires_grad_())
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    methods = [*ALL_SITES[:8], 'SSF', 'BitFit']
+    methods = [*TOGETHER[:8], 'SSF', 'BitFit']
     stock, peft = peft_of(variant, '+'.join(methods))
-    outs = run(peft, image)
-    assert not any(torch.equal(a, b) for a, b in zip(outs, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), outs)
-    perturb(peft)
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-    assert equal(run(twin, image), outs)
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert not any('_peft' in key or key == '_attention'
-                   for m in peft.modules() for key in vars(m))
-    for a, b in zip(peft.parameters(), stock.parameters()):
-        a.data.copy_(b)
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(stock, peft, image)
+    assert not any('_attention' in vars(m) for m in peft.modules())
 
 
 # ------------------------------------------------------------ the attention
@@ -247,53 +182,34 @@ def test_tokens_pass_the_patch_merging(variant):
 
 
 # ---------------------------------------------------------- what stock has
-class Sum(SideNetwork):
-    """Adds what left the blocks of a stage."""
-
-    def reset_parameters(self):
-        pass
-
-    def start(self, x, layout):
-        return torch.zeros_like(x)
-
-    def step(self, u, block, x, y, taps, layout):
-        return u + y
-
-    def next_stage(self, u, stage, downsample, layout):
-        return torch.zeros_like(downsample(u))
-
-    def output(self, u, x, stage, layout):
-        return x + u
-
-
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output(variant, image):
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys = {}
-    for block in blocks_of(stock):
-        block.module.register_forward_hook(
-            lambda m, args, y, s=block.stage: ys.setdefault(s, []).append(y))
+    blocks, ys, sums = blocks_of(stock), [], {}
+    for block in blocks:
+        block.module.register_forward_hook(lambda m, args, y: ys.append(
+            (y, args[1])))
     shapes = [o.shape for o in run(stock, image)]
+    mergings, u, hw = blocks[0].family.mergings(stock), 0, None
+    for i, block in enumerate(blocks):
+        if i and block.stage > blocks[i - 1].stage:
+            u = mergings[block.stage](u, hw)[0]
+        y, hw = ys[i]
+        u = u + y
+        sums[block.stage] = y + u
     expected = [
-        getattr(stock,
-                f'norm{i}')(ys[i][-1] + sum(ys[i])).transpose(1,
-                                                              2).reshape(shape)
+        getattr(stock, f'norm{i}')(sums[i]).transpose(1, 2).reshape(shape)
         for i, shape in zip(stock.out_indices, shapes)
     ]
-    assert equal(run(peft, image), expected)
+    check_joined(stock, peft, image, expected)
 
 
 def test_stages_behind_the_last_output(image):
     """The patch merging is the first module of its stage."""
     for method in ('Mona:dim=4', 'BitFit', 'SSF', 'LST:reduction=4'):
         _, peft = peft_of('not the last', method)
-        assert peft.peft.skipped == ['stages.2.blocks.0']
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith('stages.2.'), name
+        check_skipped(peft, image, ['stages.2.blocks.0'], ('stages.2.', ))
         if method == 'SSF':
             assert 'peft' in peft.stages[1].downsample.norm._modules
 
@@ -351,12 +267,7 @@ def test_merge(image):
 
 
 def test_configs_are_recognised():
-    cfg = Config(dict(model=classifier(cfg_of('three stages'))))
-    assert list(find_backbones(cfg)) == ['model.backbone']
-    changed, at = add_method(cfg, 'LoRA:rank=2')
-    backbone = MODELS.build(changed.model).backbone
-    assert at == 'model.backbone'
-    assert type(backbone).__name__ == 'SwinTransformerV2'
+    backbone = check_recognised(classifier(cfg_of('three stages')))
     # q and v of five blocks.
     dims = 2 * 8 + 2 * 16 + 32
     assert count_params(backbone)['backbone_added'] == 2 * 2 * 2 * dims
@@ -376,7 +287,8 @@ def test_checkpoint_of_another_size(image):
     run(peft, image)
     assert peft.peft.base_checked
     with pytest.raises(RuntimeError, match='missing keys .*q_bias'):
-        load_whole(stock_of(), {
+        stock = stock_of('three stages')
+        load_whole(stock, {
             k: v
-            for k, v in stock_of().state_dict().items() if 'q_bias' not in k
+            for k, v in stock.state_dict().items() if 'q_bias' not in k
         })

@@ -5,29 +5,22 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import perturb
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_gradients, check_joined, check_merged,
+                      check_methods, near, run, scope_of)
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from test_counts import BLOCK
 from test_sites import Prompt
-from test_vit import ALL_SITES, Sum, blocks_of, equal, run
 
 import mmpeft
 from mmpeft.config import find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import SiteError
-from mmpeft.injection import PEFTBackbone, eject, inject
-from mmpeft.merging import merged_state_dict
+from mmpeft.injection import PEFTBackbone, inject
 from mmpeft.methods.windows import partition, reverse, window_mask
 from mmpeft.state import attached_modules
 
 timm = pytest.importorskip('timm')
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run."""
-    init_default_scope('mmpretrain')
-
 
 BASE = dict(
     type='mmpretrain.TIMMBackbone',
@@ -57,50 +50,16 @@ def cfg_of(variant, **kwargs):
     return copy.deepcopy({**BASE, **named, **kwargs})
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    """With the weights of a stock one; not in evaluation mode."""
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def outs_of(backbone, image, seed=3):
-    outs = run(backbone, image, seed)
-    if isinstance(outs[0], dict):
-        outs = list(outs[0].values())
-    return outs
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 60, 44)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
 
 
 @pytest.mark.parametrize('variant', [*VARIANTS, 'fused'])
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached, in training mode, gradients too."""
     stock = stock_of('map' if variant == 'fused' else variant)
     for block in blocks_of(stock):
         block.module.attn.fused_attn = variant == 'fused'
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    grads = []
-    assert equal(outs_of(stock, image), outs_of(bare, image))
-    for backbone in (stock, bare):
-        sum((o**2).mean() for o in outs_of(backbone, image)).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(outs_of(stock, image), outs_of(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    check_bare(stock, image)
 
 
 @pytest.mark.parametrize('variant', [
@@ -108,38 +67,18 @@ def test_stock_forward(variant, image):
     'windows that are no squares', 'narrow heads'
 ])
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    methods = ALL_SITES[:8] + ALL_SITES[9:10]
+    methods = TOGETHER
     if variant == 'narrow heads':
         methods = [m for m in methods if m[:6] != 'Prefix']
         with pytest.raises(SiteError, match="'attn_kv'.* 8 channels"):
             peft_of(variant, 'PrefixTuning:num_tokens=2')
-    stock, peft = peft_of(variant, '+'.join(methods))
-    expected = outs_of(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, outs_of(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(outs_of(twin, image), expected)
-    perturb(peft).eval()
-    sum((o**2).mean() for o in outs_of(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(outs_of(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(outs_of(peft, image), outs_of(stock, image))
+    check_methods(*peft_of(variant, '+'.join(methods)), image)
 
 
 def test_norms_and_merging(image):
     for variant, norm in (('map', {'timm_model.norm'}), ('features', set())):
         stock, peft = peft_of(variant, 'SSF+RepAdapter:dim=4+LNTune')
-        perturb(peft).eval(), stock.eval()
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad.abs().sum() > 0, name
+        check_gradients(perturb(peft).eval(), image)
         found = {
             m.site.block
             for m in attached_modules(peft) if '.blocks.' not in m.site.block
@@ -150,9 +89,7 @@ def test_norms_and_merging(image):
             for p in ('patch_embed.proj', 'patch_embed.norm',
                       f'{second}.downsample.norm')
         }
-        stock.load_state_dict(merged_state_dict(peft), strict=True)
-        for a, b in zip(run(stock, image), run(peft, image)):
-            assert (a - b).abs().max() < 1e-5 * a.abs().max()
+        check_merged(stock, peft, image)
 
 
 # ---------------------------------------------------------------- attention
@@ -166,8 +103,7 @@ def test_no_tokens_is_stock_attention(variant, image):
     peft = inject(
         copy.deepcopy(stock), [dict(type=Prompt, num=0, carries=True)],
         allow_random_base=True)
-    for a, b in zip(outs_of(stock, image), outs_of(peft, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    assert near(run(peft, image), run(stock, image))
 
 
 def test_prompts_join_every_window(image):
@@ -215,27 +151,20 @@ def test_windows_that_are_no_squares(shift):
     assert not mask[0, -1].all() and mask[0, 0].all()
     _, peft = peft_of('windows that are no squares', 'LAST:rank=4')
     assert peft.peft.last.trunk.blocks[1].window_size == (5, 3)
-    outs_of(peft, torch.randn(1, 3, 60, 44))[0].sum().backward()
+    run(peft, torch.randn(1, 3, 60, 44))[0].sum().backward()
     assert all(p.grad is not None for p in peft.peft.last.parameters())
 
 
 # ------------------------------------------------------------------ outputs
-class SumOfStages(Sum):
-    """The same, in a pyramid."""
-
-    def next_stage(self, u, stage, downsample, layout):
-        return downsample(u)
-
-
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output_once(variant, image):
-    """Against the stock blocks by hand; the stream goes on unchanged."""
-    stock, peft = peft_of(variant, dict(type=SumOfStages))
+    """Against the stock blocks by hand."""
+    stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     blocks, ys = blocks_of(stock), []
     for block in blocks:
         block.module.register_forward_hook(lambda m, args, y: ys.append(y))
-    plain = outs_of(stock, image)
+    plain = run(stock, image)
     family, state, expected = blocks[0].family, 0, []
     for i, block in enumerate(blocks):
         if block.stage and not blocks[i - 1].stage:
@@ -249,14 +178,7 @@ def test_side_networks_join_each_output_once(variant, image):
     if variant == 'channels first':
         expected = [y.permute(0, 3, 1, 2) for y in expected]
     expected = expected[-len(plain):]
-    assert equal(outs_of(peft, image), expected)
-    twin = copy.deepcopy(peft)
-    next(iter(twin.peft.children())).weight.data.zero_()
-    assert equal(outs_of(peft, image), expected)
-    assert equal(outs_of(twin, image), plain)
-    eject(peft)
-    assert equal(outs_of(peft, image), plain)
-    assert not any('_peft' in k for m in peft.modules() for k in vars(m))
+    check_joined(stock, peft, image, expected)
 
 
 def test_features_taken_by_hooks(image):
@@ -264,8 +186,7 @@ def test_features_taken_by_hooks(image):
     cfg = dict(features_only=True, feature_cls='hook')
     stock, peft = peft_of(cfg, 'Mona:dim=4')
     assert not any(
-        torch.equal(a, b)
-        for a, b in zip(outs_of(stock, image), outs_of(peft, image)))
+        torch.equal(a, b) for a, b in zip(run(stock, image), run(peft, image)))
     with pytest.raises(SiteError, match="feature_cls to 'list'"):
         peft_of(cfg, 'E3VA:rank=2')
 

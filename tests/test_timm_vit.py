@@ -6,29 +6,23 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import perturb
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_gradients, check_joined, check_merged,
+                      check_methods, check_recognised, equal, image_of,
+                      loss_of, near, run, scope_of)
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from test_counts_vit import ROWS, closed_form
 from test_sites import Prompt
-from test_vit import ALL_SITES, Sum, blocks_of, equal, run
 
 import mmpeft
 from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import PEFTError, SiteError
-from mmpeft.injection import PEFTBackbone, eject, inject
-from mmpeft.merging import merged_state_dict
+from mmpeft.injection import PEFTBackbone, inject
 from mmpeft.state import attached_modules
 
 timm = pytest.importorskip('timm')
 LAYERS = timm.layers
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run."""
-    init_default_scope('mmpretrain')
-
 
 BASE = dict(
     type='mmpretrain.TIMMBackbone',
@@ -84,15 +78,9 @@ def cfg_of(variant, **kwargs):
     return copy.deepcopy({**BASE, **named, **kwargs})
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    """With the weights of a stock one; not in evaluation mode."""
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(40, 32)
 
 
 def model_in(backbone):
@@ -100,16 +88,9 @@ def model_in(backbone):
                 if isinstance(m, timm.models.VisionTransformer))
 
 
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 40, 32)
-
-
 @pytest.mark.parametrize(
     'variant', [*VARIANTS, 'split SwiGLU', 'differential', 'unfused'])
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached, in training mode, gradients too."""
     special = {
         'split SwiGLU': SPLIT,
         'differential': DIFFERENTIAL,
@@ -119,44 +100,15 @@ def test_stock_forward(variant, image):
     if variant == 'unfused':
         for block in blocks_of(stock):
             block.module.attn.fused_attn = False
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    grads = []
-    assert equal(run(stock, image), run(bare, image))
-    for backbone in (stock, bare):
-        sum((o**2).mean() for o in run(backbone, image)).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(run(stock, image), run(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    check_bare(stock, image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    methods = ALL_SITES[:8] + ALL_SITES[9:10]
+    methods = TOGETHER
     if variant == 'fewer patches':
         methods = [m for m in methods if m[:4] not in ('Mona', 'Conv')]
-    stock, peft = peft_of(variant, '+'.join(methods))
-    expected = run(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(*peft_of(variant, '+'.join(methods)), image)
 
 
 def test_norms_and_merging(image):
@@ -165,11 +117,7 @@ def test_norms_and_merging(image):
                            ('norms in the attention', {'norm'}), ('features',
                                                                   set())):
         stock, peft = peft_of(variant, 'SSF+RepAdapter:dim=4+LNTune')
-        perturb(peft).eval(), stock.eval()
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad.abs().sum() > 0, name
+        check_gradients(perturb(peft).eval(), image)
         found = {
             m.site.block.rsplit('.', 1)[-1]
             for m in attached_modules(peft) if '.blocks.' not in m.site.block
@@ -177,9 +125,7 @@ def test_norms_and_merging(image):
         assert found == parts | {'proj'}
         if variant == 'CLIP':
             continue  # its stem has no bias to take the shift
-        stock.load_state_dict(merged_state_dict(peft), strict=True)
-        for a, b in zip(run(stock, image), run(peft, image)):
-            assert (a - b).abs().max() < 1e-5 * a.abs().max()
+        check_merged(stock, peft, image)
 
 
 # ---------------------------------------------------------------- attention
@@ -204,8 +150,7 @@ def test_prompts_are_tokens_of_the_sequence(variant, fused, image):
     empty = inject(
         copy.deepcopy(stock), [dict(type=Prompt, num=0, carries=True)],
         allow_random_base=True).eval()
-    for a, b in zip(run(stock, image), run(empty, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    assert near(run(empty, image), run(stock, image))
     peft = inject(
         copy.deepcopy(stock),
         'VPTShallow:num_tokens=3',
@@ -273,10 +218,7 @@ def test_sites_that_a_block_lacks(image):
         _, peft = peft_of(
             variant, 'LoRA:rank=2,targets=[q,v,proj,fc2]+Mona:dim=4+'
             'LST:reduction=4+Adapter:dim=4')
-        perturb(peft)
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        assert all(p.grad.abs().sum() > 0 for p in peft.parameters()
-                   if p.requires_grad)
+        check_gradients(perturb(peft), image)
 
 
 # --------------------------------------------------------------------- grid
@@ -327,7 +269,7 @@ def test_grid_methods_skip_the_last_block_of_a_class_token(image):
 # ------------------------------------------------------------------ outputs
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output_once(variant, image):
-    """Against the stock blocks by hand; the stream goes on unchanged."""
+    """Against the stock blocks by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     ys, model = [], model_in(stock)
@@ -341,15 +283,7 @@ def test_side_networks_join_each_output_once(variant, image):
         expected = [(ys[i] + sum(ys[:i + 1]))[:, extra:].transpose(
             1, 2).reshape(plain[0].shape)
                     for i in stock.timm_model.out_indices]
-    assert equal(run(peft, image), expected)
-    twin = copy.deepcopy(peft)
-    twin.peft.sum.weight.data.zero_()
-    assert equal(run(peft, image), expected)
-    assert equal(run(twin, image), plain)
-    eject(peft)
-    assert equal(run(peft, image), plain)
-    assert not any('_peft' in k or '_stock' in k for m in peft.modules()
-                   for k in vars(m))
+    check_joined(stock, peft, image, expected)
 
 
 def test_features_that_nothing_was_cut_off(image):
@@ -360,8 +294,7 @@ def test_features_that_nothing_was_cut_off(image):
     peft = inject(
         copy.deepcopy(net), 'LNTune+LoRA:rank=2', allow_random_base=True)
     assert peft.peft.skipped == ['model.blocks.2']
-    run_net = [*peft(image)]
-    sum((o**2).mean() for o in run_net).backward()
+    loss_of(peft, image).backward()
     for name, parameter in peft.named_parameters():
         assert not parameter.requires_grad or parameter.grad is not None, name
     with pytest.raises(SiteError, match='in front of the norm'):
@@ -394,7 +327,7 @@ def test_checkpointing_of_timm(image):
     for on in (False, True):
         _, peft = peft_of('tokens', 'Mona:dim=4+VPTDeep:num_tokens=2+BitFit')
         peft.timm_model.set_grad_checkpointing(on)
-        sum((o**2).mean() for o in run(peft, image)).backward()
+        loss_of(peft, image).backward()
         grads.append([p.grad for p in peft.parameters() if p.requires_grad])
     assert equal(*grads)
     _, peft = peft_of('tokens', 'VPTShallow:num_tokens=2')
@@ -441,9 +374,7 @@ def test_configs_are_recognised():
                  'deit_tiny_distilled_patch16_224', 'vit_giant_patch14_dinov2',
                  'vit_base_patch16_siglip_224'):
         assert list(find_backbones(config(name))) == ['model.backbone'], name
-    cfg, at = add_method(config('vit_tiny_patch16_224'), 'LoRA:rank=2')
-    assert at == 'model.backbone'
-    backbone = MODELS.build(cfg.model).backbone
+    backbone = check_recognised(config('vit_tiny_patch16_224').model)
     assert len(attached_modules(backbone)) == 3
 
 

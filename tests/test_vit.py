@@ -3,31 +3,23 @@ import copy
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import METHODS, perturb
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_gradients, check_joined, check_layer_decay,
+                      check_merged, check_methods, check_recognised,
+                      check_skipped, classifier, image_of, loss_of, peft_cfg,
+                      run, scope_of)
+from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
-from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import MergeError, PEFTError, SiteError
-from mmpeft.injection import PEFTBackbone, eject, inject
+from mmpeft.injection import PEFTBackbone, inject
 from mmpeft.merging import merged_state_dict
-from mmpeft.methods.side import SideNetwork
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run, which other tests leave
-    behind."""
-    init_default_scope('mmpretrain')
-
 
 ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=64)
 BASE = dict(
@@ -78,96 +70,27 @@ def cfg_of(variant, **kwargs):
     return {**BASE, **VARIANTS.get(variant, {}), **kwargs}
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    """With the weights of a stock one; not in evaluation mode."""
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    args = {'MAEViT': (None, ), 'MaskFeatViT': (None, )}
-    outs = backbone(image, *args.get(type(backbone).__name__, ()))
-    outs = outs if isinstance(outs, (list, tuple)) else [outs]
-    return [t for o in outs for t in (o if isinstance(o, tuple) else (o, ))]
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def blocks_of(backbone):
-    return [b for _, b in find_family(backbone)]
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 37, 28)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(37, 28)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached: drop-path, LayerScale, SwiGLU."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    grads = []
-    assert equal(run(stock, image), run(bare, image))
-    for backbone in (stock, bare):
-        sum((o**2).mean() for o in run(backbone, image)).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(run(stock, image), run(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
-
-
-ALL_SITES = [
-    'LoRA:rank=2,targets=[q,k,v,proj,fc1,fc2]', 'VPTShallow:num_tokens=2',
-    'PrefixTuning:num_tokens=2', 'AdaptFormer:dim=4', 'Adapter:dim=4',
-    'SNF:num_flows=2', 'Mona:dim=4', 'Convpass:dim=4', 'LAST:rank=2', 'IA3',
-    'VPTDeep:num_tokens=2,norm=False'
-]
+    """Drop-path, LayerScale, SwiGLU."""
+    check_bare(stock_of(variant), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
-    expected = run(peft, image)
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected, run(stock, image)))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    check_methods(*peft_of(variant, '+'.join(TOGETHER)), image)
 
 
 @pytest.mark.parametrize('variant', ['CLIP', 'average', 'no class token'])
 @pytest.mark.parametrize('method', ['SSF', 'LNTune', 'BitFit'])
 def test_norms(variant, method, image):
     stock, peft = peft_of(variant, method)
-    perturb(peft).eval(), stock.eval()
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        assert not parameter.requires_grad or parameter.grad.abs().sum() > 0
+    check_gradients(perturb(peft).eval(), image)
     parts = {m.site.block
              for m in attached_modules(peft)
              } - {b.path
@@ -181,9 +104,7 @@ def test_norms(variant, method, image):
         with pytest.raises(MergeError, match='patch_embed.projection has no'):
             merged_state_dict(peft)
         return
-    stock.load_state_dict(merged_state_dict(peft), strict=True)
-    for a, b in zip(run(stock, image), run(peft, image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    check_merged(stock, peft, image)
 
 
 @pytest.mark.parametrize('name', [n for n in METHODS if n != 'SSF'])
@@ -283,8 +204,7 @@ def test_grid_methods_would_not_train_there(image, monkeypatch):
     family = blocks_of(stock_of('class token'))[0].family
     monkeypatch.setattr(family, 'grid_ends', lambda block: False)
     _, peft = peft_of('class token', 'Mona:dim=4+Convpass:dim=4')
-    perturb(peft)
-    sum((o**2).mean() for o in run(peft, image)).backward()
+    loss_of(perturb(peft), image).backward()
     zero = {
         name: all(p.grad.abs().sum() == 0 for p in modules.parameters())
         for name, modules in peft.layers[2].peft.items()
@@ -327,38 +247,12 @@ def test_blocks_behind_the_last_output(image):
     for method in ('Mona:dim=4', 'LNTune', 'BitFit', 'SSF', 'LST:reduction=4',
                    'Partial'):
         _, peft = peft_of('not the last', method)
-        assert peft.peft.skipped == ['layers.2']
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith(('layers.2.', 'ln1.')), name
-
-
-class Sum(SideNetwork):
-    """Adds what left the blocks so far."""
-
-    def __init__(self, trunk):
-        super().__init__(trunk)
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def reset_parameters(self):
-        pass
-
-    def start(self, x, layout):
-        return torch.zeros_like(x)
-
-    def step(self, u, block, x, y, taps, layout):
-        return u + y
-
-    def output(self, u, x, stage, layout):
-        return x + self.weight * u
+        check_skipped(peft, image, ['layers.2'], ('layers.2.', 'ln1.'))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output_once(variant, image):
-    """Against the stock blocks and ``_format_output``, by hand; the stream
-    itself goes on unchanged."""
+    """Against the stock blocks and ``_format_output``, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     ys, expected = [], []
@@ -374,11 +268,7 @@ def test_side_networks_join_each_output_once(variant, image):
             out = stock.ln1(out)
         out = stock._format_output(out, shapes[0])
         expected += out if isinstance(out, tuple) else [out]
-    assert equal(run(peft, image), expected)
-    twin = copy.deepcopy(peft)
-    twin.peft.sum.weight.data.zero_()
-    assert equal(run(peft, image), expected)
-    assert equal(run(twin, image), run(stock, image))
+    check_joined(stock, peft, image, expected)
 
 
 def test_side_network_beside_some_blocks(image):
@@ -411,28 +301,11 @@ def test_final_norm():
 
 
 # ------------------------------------------------- the rest of the stock API
-def classifier(backbone):
-    return dict(
-        type='mmpretrain.ImageClassifier',
-        backbone=backbone,
-        head=dict(
-            type='mmpretrain.VisionTransformerClsHead',
-            num_classes=3,
-            in_channels=16))
-
-
-def peft_cfg(variant, method, **kwargs):
-    cfg = cfg_of(variant, **kwargs)
-    return dict(
-        cfg, type='mmpeft.PEFTBackbone', stock=cfg['type'], method=method)
-
-
 def test_layer_decay():
     """Added parameters get the depth of their block."""
     import mmpretrain.engine.optimizers  # noqa: F401
     method = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
-    model = MODELS.build(
-        classifier(peft_cfg('', method, out_type='cls_token')))
+    model = MODELS.build(classifier(peft_cfg(cfg_of('class token'), method)))
     backbone = model.backbone
     for name, parameter in backbone.named_parameters():
         depth, layers = backbone.get_layer_depth(name)
@@ -441,31 +314,15 @@ def test_layer_decay():
             assert depth == int(name.split('.')[1]) + 1
         elif name.startswith('patch_embed.'):
             assert depth == 0
-    wrapper = build_optim_wrapper(
+    check_layer_decay(
         model,
-        dict(
-            constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
-            optimizer=dict(type='AdamW', lr=1., weight_decay=.05),
-            paramwise_cfg=dict(layer_decay_rate=.5)))
-    rates = {
-        id(p): group['lr']
-        for group in wrapper.optimizer.param_groups
-        for p in group['params']
-    }
-    for i, layer in enumerate(backbone.layers):
-        for parameter in layer.peft.parameters():
-            assert rates[id(parameter)] == .5**(4 - i - 1)
+        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=.5))
 
 
 def test_configs_are_recognised():
     for variant in ('two outputs', 'DeiT', 'MoCoV3', 'MAE', 'DeiT3'):
-        cfg = Config(dict(model=classifier(cfg_of(variant))))
-        assert list(find_backbones(cfg)) == ['model.backbone']
-        changed, at = add_method(cfg, 'LoRA:rank=2')
-        assert at == 'model.backbone'
-        backbone = MODELS.build(changed.model).backbone
-        assert type(backbone).__name__ == cfg.model.backbone.type.split(
-            '.')[-1]
+        check_recognised(classifier(cfg_of(variant)))
 
 
 def test_blocks_elsewhere_are_left_alone(image):
@@ -473,7 +330,7 @@ def test_blocks_elsewhere_are_left_alone(image):
     model = MODELS.build(
         dict(
             type='mmpretrain.MAE',
-            backbone=peft_cfg('MAE', 'LoRA:rank=2'),
+            backbone=peft_cfg(cfg_of('MAE'), 'LoRA:rank=2'),
             neck=dict(
                 type='mmpretrain.MAEPretrainDecoder',
                 num_patches=16,

@@ -5,16 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb
+from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
+                      check_joined, check_looked_at, check_methods,
+                      check_skipped, equal, image_of, near, peft_cfg, rates_of,
+                      run, scope_of)
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from test_sites import MAP_SITES, Look
-from test_vit import ALL_SITES, Sum, blocks_of, equal
 
 from mmpeft.backbones import find_family
 from mmpeft.config import add_method, find_backbones
 from mmpeft.errors import MergeError, PEFTError, SiteError
-from mmpeft.injection import eject, inject
+from mmpeft.injection import inject
 from mmpeft.merging import merge, merged_state_dict
 from mmpeft.state import attached_modules
 
@@ -56,77 +58,28 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    """That of a run, which other tests leave behind."""
-    init_default_scope('mmseg')
-
-
 def cfg_of(variant, **kwargs):
     return copy.deepcopy({**BASE, **VARIANTS[variant], **kwargs})
 
 
-def stock_of(variant, **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    """With the weights of a stock one, frozen in both."""
-    stock = stock_of(variant, **kwargs)
-    peft = inject(copy.deepcopy(stock), method, allow_random_base=True)
-    return stock.requires_grad_(False), peft
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    outs = backbone(image)
-    return [t for o in outs for t in (o if isinstance(o, list) else [o])]
-
-
-def loss_of(backbone, image):
-    return sum((o**2).mean() for o in run(backbone, image))
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 37, 28)
+stock_of, peft_of = builders(cfg_of, frozen=True)
+scope = scope_of('mmseg')
+image = image_of(37, 28)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached: outputs and gradients, dropout and
-    drop-path in the same order."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    assert list(bare.state_dict()) == list(stock.state_dict())
-    assert equal(run(stock, image), run(bare, image))
-    grads = []
-    for backbone in (stock, bare):
-        loss_of(backbone, image).backward()
-        grads.append([p.grad for p in backbone.parameters()])
-    for a, b in zip(*grads):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert equal(run(stock, image), run(bare, image))
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    """Dropout and drop-path in the same order."""
+    check_bare(stock_of(variant), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_attention_through_layers(variant, image):
-    """Bit-equal, too, when something at the projections changes nothing."""
     stock, peft = peft_of(variant, dict(type=Look, at=MAP_SITES))
     assert all(
         type(b.module.attn.attn).__name__ == 'PEFTMultiheadAttention'
         for b in blocks_of(peft) if hasattr(b.module, 'peft'))
-    for training in (True, False):
-        stock.train(training), peft.train(training)
-        for one in (image, image[:1]):
-            assert equal(run(stock, one), run(peft, one))
+    check_looked_at(stock, peft, image)
     # What looks at the stream alone leaves the stock attention there.
     _, peft = peft_of(variant, 'Mona:dim=4')
     assert type(peft.layers[0].attn.attn) is torch.nn.MultiheadAttention
@@ -134,26 +87,9 @@ def test_attention_through_layers(variant, image):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ALL_SITES[9:10]))
-    expected = run(peft, image)
-    # That of the stem is made of nothing that is attached.
-    first = 2 if peft.out_origin else 0
-    assert not any(
-        torch.equal(a, b) for a, b in zip(expected[first:],
-                                          run(stock, image)[first:]))
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), expected)
-    perturb(peft).eval()
-    loss_of(peft, image).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-    assert equal(run(twin, image), expected)
-    peft.train()
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert equal(run(peft, image), run(stock, image))
+    stock, peft = peft_of(variant, '+'.join(TOGETHER))
+    # The output of the stem is made of nothing that is attached.
+    check_methods(stock, peft, image, first=2 if peft.out_origin else 0)
 
 
 # -------------------------------------------------------- the packed weights
@@ -205,8 +141,7 @@ def test_merge_into_packed_weights(image):
                        (before[key][16:32].double() + update).float())
     expected = run(peft.eval(), image)
     assert merge(peft) is peft
-    for a, b in zip(run(peft, image), expected):
-        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert near(run(peft, image), expected)
 
 
 def test_merge_without_biases():
@@ -279,8 +214,7 @@ def test_prefix_joins_keys_and_values(image):
 # ----------------------------------------------------------------- outputs
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_each_output_once(variant, image):
-    """Against stock blocks and outputs composed by hand; the stream itself
-    goes on unchanged."""
+    """Against stock blocks and outputs composed by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     ys = []
@@ -296,25 +230,14 @@ def test_side_networks_join_each_output_once(variant, image):
         expected.append(grid.reshape(outs[0].shape))
         if stock.output_cls_token:
             expected.append(x[:, 0])
-    assert equal(run(peft, image), expected)
-    twin = copy.deepcopy(peft)
-    twin.peft.sum.weight.data.zero_()
-    assert equal(run(peft, image), expected)
-    assert equal(run(twin, image), outs)
-    eject(peft)
-    assert equal(run(peft, image), outs)
+    check_joined(stock, peft, image, expected)
 
 
 def test_blocks_behind_the_last_output(image):
     for method in ('Mona:dim=4', 'LNTune', 'BitFit', 'SSF', 'LST:reduction=4',
                    'Partial', 'E3VA:rank=2'):
         _, peft = peft_of('not the last', method)
-        assert peft.peft.skipped == ['layers.2']
-        loss_of(peft, image).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith(('layers.2.', 'ln1.')), name
+        check_skipped(peft, image, ['layers.2'], ('layers.2.', 'ln1.'))
 
 
 def test_parts():
@@ -370,13 +293,10 @@ def test_checkpoint_of_another_size(image, tmp_path):
     for variant in ('', 'no bias'):
         file = str(tmp_path / 'base.pth')
         torch.save(stock_of(variant, img_size=48).state_dict(), file)
-        cfg = cfg_of(variant)
         peft = MODELS.build(
-            dict(
-                cfg,
-                type='mmpeft.PEFTBackbone',
-                stock=cfg['type'],
-                method='LoRA:rank=2',
+            peft_cfg(
+                cfg_of(variant),
+                'LoRA:rank=2',
                 init_cfg=dict(type='Pretrained', checkpoint=file)))
         with pytest.raises(PEFTError, match='never loaded'):
             run(peft, image)
@@ -391,25 +311,17 @@ def test_optimizers():
     so for a stock ViT, too; ``custom_keys`` reach what is attached."""
     import mmseg.engine.optimizers  # noqa: F401
     stock, peft = peft_of('', 'LoRA:rank=2')
-    decay = dict(
-        constructor='mmseg.LearningRateDecayOptimizerConstructor',
-        optimizer=dict(type='AdamW', lr=1.),
-        paramwise_cfg=dict(num_layers=3, decay_rate=.5))
+    decay = dict(num_layers=3, decay_rate=.5)
     for backbone in (stock.requires_grad_(), peft):
         model = torch.nn.Module()
         model.backbone = backbone
         with pytest.raises(NotImplementedError):
-            build_optim_wrapper(model, copy.deepcopy(decay))
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            optimizer=dict(type='AdamW', lr=1.),
-            paramwise_cfg=dict(custom_keys={'layers.1': dict(lr_mult=.5)})))
-    rates = {
-        id(p): group['lr']
-        for group in wrapper.optimizer.param_groups
-        for p in group['params']
-    }
+            rates_of(
+                model,
+                constructor='mmseg.LearningRateDecayOptimizerConstructor',
+                paramwise_cfg=dict(decay))
+    rates = rates_of(
+        model, paramwise_cfg=dict(custom_keys={'layers.1': dict(lr_mult=.5)}))
     for i, layer in enumerate(peft.layers):
         for parameter in layer.peft.parameters():
             assert rates[id(parameter)] == (.5 if i == 1 else 1.)

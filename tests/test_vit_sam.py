@@ -5,28 +5,20 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import perturb
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-from test_vit import ALL_SITES, Sum, blocks_of, classifier, equal
+from families import (TOGETHER, Sum, builders, check_bare, check_joined,
+                      check_layer_decay, check_merged, check_methods,
+                      check_recognised, check_skipped, classifier, image_of,
+                      near, peft_cfg, run, scope_of)
+from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
-from mmpeft.config import add_method, find_backbones
 from mmpeft.counting import count_params
 from mmpeft.errors import PEFTError
-from mmpeft.injection import eject, inject
+from mmpeft.injection import inject
 from mmpeft.merging import merged_state_dict
 from mmpeft.state import attached_modules
 
 pytest.importorskip('mmpretrain')
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Stock parts are built in the scope of a run, which other tests leave
-    behind."""
-    init_default_scope('mmpretrain')
-
 
 # The map of an image is 5 x 4, as the padding is; windows do not divide it.
 BASE = dict(
@@ -59,66 +51,20 @@ def cfg_of(variant, **kwargs):
     return copy.deepcopy({**BASE, **VARIANTS[variant], **kwargs})
 
 
-def stock_of(variant='neck', **kwargs):
-    torch.manual_seed(0)
-    return perturb(MODELS.build(cfg_of(variant, **kwargs)), only='')
-
-
-def peft_of(variant, method, **kwargs):
-    stock = stock_of(variant, **kwargs)
-    return stock, inject(copy.deepcopy(stock), method, allow_random_base=True)
-
-
-def run(backbone, image, seed=3):
-    torch.manual_seed(seed)
-    return backbone(image)
-
-
-@pytest.fixture
-def image():
-    torch.manual_seed(2)
-    return torch.randn(2, 3, 37, 28)
+stock_of, peft_of = builders(cfg_of)
+scope = scope_of('mmpretrain')
+image = image_of(37, 28)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_stock_forward(variant, image):
-    """Bit-equal with nothing attached, and the same gradients."""
-    stock = stock_of(variant)
-    bare = copy.deepcopy(stock)
-    for block in blocks_of(bare):
-        block.family.swap(block.module)
-    grads = []
-    for backbone in (stock, bare):
-        outs = run(backbone, image)
-        sum((o**2).mean() for o in outs).backward()
-        grads.append((outs, [p.grad for p in backbone.parameters()]))
-    assert equal(grads[0][0], grads[1][0])
-    for a, b in zip(grads[0][1], grads[1][1]):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-    eject(bare)
-    assert [type(m)
-            for m in bare.modules()] == [type(m) for m in stock.modules()]
+    check_bare(stock_of(variant), image)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_methods(variant, image):
-    """Gradients of what is declared, copies, taking off."""
-    stock, peft = peft_of(variant, '+'.join(ALL_SITES[:8] + ['SSF', 'LNTune']))
-    outs = run(peft, image)
-    twin = copy.deepcopy(peft)
-    assert equal(run(twin, image), outs)
-    perturb(peft)
-    sum((o**2).mean() for o in run(peft, image)).backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-    assert equal(run(twin, image), outs)
-    eject(peft)
-    assert list(peft.state_dict()) == list(stock.state_dict())
-    assert not any('_peft' in key for m in peft.modules() for key in vars(m))
-    for a, b in zip(peft.parameters(), stock.parameters()):
-        a.data.copy_(b)
-    assert equal(run(peft, image), run(stock, image))
+    methods = TOGETHER[:8] + ['SSF', 'LNTune']
+    check_methods(*peft_of(variant, '+'.join(methods)), image)
 
 
 @pytest.mark.parametrize('variant', ['two outputs', 'no positions'])
@@ -187,8 +133,7 @@ def relative(attn, q, height, width):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_side_networks_join_before_the_neck(variant, image):
-    """Against the stock blocks and neck, by hand; the stream goes on
-    unchanged."""
+    """Against the stock blocks and neck, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
     ys, expected = [], []
@@ -200,25 +145,14 @@ def test_side_networks_join_before_the_neck(variant, image):
         if stock.out_channels:
             out = stock.channel_reduction(out)
         expected.append(stock._format_output(out))
-    assert equal(run(peft, image), expected)
-    twin = copy.deepcopy(peft)
-    twin.peft.sum.weight.data.zero_()
-    assert equal(run(peft, image), expected)
-    assert equal(run(twin, image), run(stock, image))
-    eject(peft)
-    assert equal(run(peft, image), run(stock, image))
+    check_joined(stock, peft, image, expected)
 
 
 def test_blocks_behind_the_last_output(image):
     for method in ('Mona:dim=4', 'BitFit', 'SSF', 'LST:reduction=4',
                    'Partial'):
         _, peft = peft_of('not the last', method)
-        assert peft.peft.skipped == ['layers.2']
-        sum((o**2).mean() for o in run(peft, image)).backward()
-        for name, parameter in peft.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert not name.startswith('layers.2.'), name
+        check_skipped(peft, image, ['layers.2'], ('layers.2.', ))
 
 
 def test_the_neck(image):
@@ -232,10 +166,7 @@ def test_the_neck(image):
                 } == {'patch_embed.projection'} | norms
         if norms:
             assert parts['channel_reduction.3'].out_dims == 12
-        perturb(peft).eval(), stock.eval()
-        stock.load_state_dict(merged_state_dict(peft), strict=True)
-        for a, b in zip(run(stock, image), run(peft, image)):
-            assert (a - b).abs().max() < 1e-5 * a.abs().max()
+        check_merged(stock, peft, image)
     _, peft = peft_of('neck', 'Partial:final_norm=True')
     assert peft.channel_reduction[3].weight.requires_grad
     assert not peft.channel_reduction[1].weight.requires_grad
@@ -246,30 +177,12 @@ def test_the_neck(image):
 
 
 def test_layer_decay():
-    """Added parameters get the depth of their block."""
     import mmpretrain.engine.optimizers  # noqa: F401
     method = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
-    model = MODELS.build(
-        classifier(
-            dict(
-                cfg_of('average'),
-                type='mmpeft.PEFTBackbone',
-                stock=BASE['type'],
-                method=method)))
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
-            optimizer=dict(type='AdamW', lr=1., weight_decay=.05),
-            paramwise_cfg=dict(layer_decay_rate=.5)))
-    rates = {
-        id(p): group['lr']
-        for group in wrapper.optimizer.param_groups
-        for p in group['params']
-    }
-    for i, layer in enumerate(model.backbone.layers):
-        for parameter in layer.peft.parameters():
-            assert rates[id(parameter)] == .5**(4 - i - 1)
+    check_layer_decay(
+        MODELS.build(classifier(peft_cfg(cfg_of('average'), method))),
+        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=.5))
 
 
 class Wrapped(nn.Module):
@@ -281,11 +194,7 @@ class Wrapped(nn.Module):
 
 
 def test_where_it_is_found(image):
-    cfg = Config(dict(model=classifier(cfg_of('average'))))
-    assert list(find_backbones(cfg)) == ['model.backbone']
-    changed, at = add_method(cfg, 'LoRA:rank=2')
-    assert at == 'model.backbone'
-    assert type(MODELS.build(changed.model).backbone).__name__ == 'ViTSAM'
+    check_recognised(classifier(cfg_of('average')))
 
     model = Wrapped(cfg_of('neck'))
     host = 'image_encoder.vit'
@@ -296,10 +205,9 @@ def test_where_it_is_found(image):
     assert count_params(model)['backbone_added'] == 3 * 2 * 4 * 16
     stock.load_state_dict(merged_state_dict(model), strict=True)
     model.eval(), stock.eval()
-    for a, b in zip(
-            run(model.get_submodule(host), image),
-            run(stock.get_submodule(host), image)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    assert near(
+        run(stock.get_submodule(host), image),
+        run(model.get_submodule(host), image))
 
     class Other(type(stock.get_submodule(host))):
         pass
@@ -317,7 +225,7 @@ def test_checkpoint_of_another_size(image):
     _, peft = peft_of('neck', 'DoRA:rank=2')
     peft.peft.base_checked = False
     peft.peft.allow_random_base = False
-    state = stock_of(img_size=48, window_size=5).state_dict()
+    state = stock_of('neck', img_size=48, window_size=5).state_dict()
     for key in ('pos_embed', 'layers.0.attn.rel_pos_h',
                 'layers.1.attn.rel_pos_w'):
         assert state[key].shape != peft.state_dict()[key].shape
