@@ -199,7 +199,7 @@ def test_mistakes(library):
 
 
 def test_nothing_is_touched_by_a_mistake(library):
-    stock, _ = build_pair(library, 'Frozen')
+    stock, _ = build_pair(library, 'Full')
     state = list(stock.state_dict())
     for method in ('Mona:dim=4+LoRA:rank=99', 'LoRA:rank=2,layers=[9]'):
         with pytest.raises(PEFTError):
