@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 SUFFIX = '_delta.safetensors'
 KEY = 'mmpeft'
 CHECK = 'mmpeft_sha256'
+# What a checkpoint of torch begins with.
+ZIP = b'PK\x03\x04'
 #: Bytes of header beyond which a file is not looked at: the largest model
 #: here has some thousand tensors, 100 bytes each.
 MAX_HEADER = 32 * 2**20
@@ -74,7 +76,12 @@ def is_safetensors(path: str) -> bool:
     """Whether a file is laid out as safetensors, whatever its name."""
     with open(path, 'rb') as file:
         start = file.read(9)
-    return len(start) == 9 and start[8:] == b'{' and start[:4] != b'PK\x03\x04'
+    return _has_layout(start)
+
+
+def _has_layout(start: bytes) -> bool:
+    """By the first nine bytes: the length of a header, which is JSON."""
+    return len(start) == 9 and start[8:] == b'{' and start[:4] != ZIP
 
 
 def write_delta(path: str, tensors: Dict[str, Tensor], header: Header) -> None:
@@ -148,7 +155,8 @@ def _check_start(path: str) -> None:
     size = osp.getsize(path)
     with open(path, 'rb') as file:
         start = file.read(9)
-    if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
+    # The length of a header may well begin with the byte of a pickle.
+    if not _has_layout(start) and (start[:4] == ZIP or start[:1] == b'\x80'):
         raise PEFTError(f'{path} is a pickle and no safetensors file, '
                         'whatever its name says; it was not opened.')
     length = int.from_bytes(start[:8], 'little')

@@ -83,3 +83,19 @@ def test_arguments_that_came_later_have_their_defaults(tmp_path):
     mmpeft.delta_file.write_delta(file, tensors, header)
     with pytest.raises(PEFTError, match='holds LoRA.*backbone has LoRA'):
         mmpeft.load_delta(golden.MODELS[1](trained=False), file)
+
+
+def test_headers_of_every_length(tmp_path):
+    """The first bytes of a file are the length of its header, and may be
+    those of another kind of file."""
+    tensors, header = read_delta(path(1))
+    first = set()
+    for number in range(0, 256, 8):
+        file = str(tmp_path / f'{number}_delta.safetensors')
+        header.meta = dict(padding='x' * number)
+        mmpeft.delta_file.write_delta(file, tensors, header)
+        with open(file, 'rb') as content:
+            first.add(content.read(1)[0])
+        found, _ = read_delta(file)
+        assert found.keys() == tensors.keys()
+    assert first == set(range(0, 256, 8))
