@@ -9,6 +9,7 @@ from ..sites import TokenLayout
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
 from .packed import NO_IDENTITY, PackedAttention, PackedForward, PackedSites
+from .places import parts_of
 
 __all__ = ['MiTSites']
 
@@ -125,10 +126,7 @@ class MiTSites(PackedSites):
                        f'layers.{i}.0.norm', i, stem.norm)]
             if i in outs:
                 found.append(('out_norm', outs[i], i, norm))
-        return [
-            Part(name, path, stage, module.weight.shape[0], module)
-            for name, path, stage, module in found
-        ]
+        return parts_of(found)
 
     @classmethod
     def trunk_block(cls, block: Block) -> TrunkBlock:

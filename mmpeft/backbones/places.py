@@ -1,6 +1,6 @@
 """Where in a backbone something can be attached."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional, Type
+from typing import TYPE_CHECKING, Iterable, List, Optional, Tuple, Type
 
 import torch.nn as nn
 
@@ -9,7 +9,7 @@ from ..sites import INPUT_SITES, Site
 if TYPE_CHECKING:
     from .base import SiteMap
 
-__all__ = ['Block', 'Part']
+__all__ = ['Block', 'Part', 'parts_of']
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,14 @@ class Part:
     def layer(self, site: str) -> nn.Module:
         """The submodule itself."""
         return self.module
+
+
+def parts_of(found: Iterable[Tuple[str, str, int, Optional[nn.Module]]],
+             channels_first: bool = False) -> List[Part]:
+    """Parts of a name, a path, a stage and a module each; without those that
+    a config leaves out, which are None or have no weight."""
+    return [
+        Part(name, path, stage, module.weight.shape[0], module, channels_first)
+        for name, path, stage, module in found
+        if getattr(module, 'weight', None) is not None
+    ]

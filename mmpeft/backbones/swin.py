@@ -7,6 +7,7 @@ from torch import Tensor
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from .base import Block, Part, SiteMap, TrunkBlock
+from .places import parts_of
 from .prenorm import PreNormForward
 from .windowed import JoinedWindows
 
@@ -123,11 +124,7 @@ class SwinSites(SiteMap):
                 parts.append(('merge_norm', f'{path}.norm', home, norm))
         for stage, path in cls.outputs(backbone).items():
             parts.append(('out_norm', path, stage, getattr(backbone, path)))
-        return [
-            Part(name, path, stage, module.weight.shape[0], module)
-            for name, path, stage, module in parts
-            if getattr(module, 'weight', None) is not None
-        ]
+        return parts_of(parts)
 
     @classmethod
     def trunk_block(cls, block: Block) -> TrunkBlock:

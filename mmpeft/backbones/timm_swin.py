@@ -9,6 +9,7 @@ from ..registry import SITE_MAPS
 from ..sites import Site, TokenLayout
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
+from .places import parts_of
 from .swin import JoinedWindowMSA
 from .timm_models import NETS, TimmForward, TimmSites, is_a
 from .timm_stages import JoinedStages, join_norm
@@ -117,11 +118,7 @@ class TimmSwinSites(TimmSites):
             if path is not None:
                 norm = backbone.get_submodule(path)
                 parts.append(('out_norm', path, stage, norm))
-        return [
-            Part(name, path, stage, module.weight.shape[0], module)
-            for name, path, stage, module in parts
-            if getattr(module, 'weight', None) is not None
-        ]
+        return parts_of(parts)
 
     @classmethod
     def trunk_block(cls, block: Block) -> TrunkBlock:

@@ -12,6 +12,7 @@ from ..sites import TOKEN_SITES, Site
 from ..stream import Stream
 from .base import Block, Part, TrunkBlock
 from .grid import layout_of, watch_stem
+from .places import parts_of
 from .prenorm import JoinedAttention
 from .timm_models import StemGrid, TimmForward, TimmSites, is_a
 
@@ -149,16 +150,13 @@ class TimmViTSites(TimmSites):
     def parts(cls, backbone: nn.Module) -> List[Part]:
         prefix, model = cls.model(backbone)
         stem = model.patch_embed
-        parts = [('patch_embed', 'patch_embed.proj', stem.proj),
-                 ('patch_norm', 'patch_embed.norm', getattr(stem, 'norm', 0)),
-                 ('patch_norm', 'norm_pre', model.norm_pre)]
-        parts += [('out_norm', path, getattr(model, path))
+        parts = [('patch_embed', f'{prefix}patch_embed.proj', 0, stem.proj),
+                 ('patch_norm', f'{prefix}patch_embed.norm', 0,
+                  getattr(stem, 'norm', None)),
+                 ('patch_norm', f'{prefix}norm_pre', 0, model.norm_pre)]
+        parts += [('out_norm', prefix + path, 0, getattr(model, path))
                   for path in cls.out_norms(backbone)]
-        return [
-            Part(name, prefix + path, 0, module.weight.shape[0], module)
-            for name, path, module in parts
-            if getattr(module, 'weight', None) is not None
-        ]
+        return parts_of(parts)
 
     @classmethod
     def out_norms(cls, backbone: nn.Module) -> List[str]:

@@ -11,6 +11,7 @@ from ..registry import SITE_MAPS
 from ..stream import Stream
 from .base import Block, Part, SiteMap, TrunkBlock, class_path
 from .grid import layout_of, watch_stem
+from .places import parts_of
 from .prenorm import PreNormForward
 from .sequence import JoinedSequence
 
@@ -141,16 +142,13 @@ class ViTSites(SiteMap):
     @classmethod
     def parts(cls, backbone: nn.Module) -> List[Part]:
         stem = backbone.patch_embed
-        parts = [('patch_embed', 'patch_embed.projection', stem.projection),
-                 ('patch_norm', 'patch_embed.norm', stem.norm),
-                 ('patch_norm', 'pre_norm', getattr(backbone, 'pre_norm', 0))]
-        parts += [('out_norm', path, getattr(backbone, path))
+        parts = [('patch_embed', 'patch_embed.projection', 0, stem.projection),
+                 ('patch_norm', 'patch_embed.norm', 0, stem.norm),
+                 ('patch_norm', 'pre_norm', 0,
+                  getattr(backbone, 'pre_norm', None))]
+        parts += [('out_norm', path, 0, getattr(backbone, path))
                   for path in cls.out_norms(backbone)]
-        return [
-            Part(name, path, 0, module.weight.shape[0], module)
-            for name, path, module in parts
-            if getattr(module, 'weight', None) is not None
-        ]
+        return parts_of(parts)
 
     @classmethod
     def last(cls, backbone: nn.Module) -> int:

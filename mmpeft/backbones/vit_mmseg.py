@@ -10,6 +10,7 @@ from .base import Block, Part
 from .grid import layout_of, watch_stem
 from .maps import join_maps
 from .packed import PackedForward, PackedSites
+from .places import parts_of
 from .vit import ViTSites
 
 __all__ = ['MMSegViTSites']
@@ -48,9 +49,8 @@ class MMSegViTSites(PackedSites, ViTSites):
         parts = super().parts(backbone)
         if backbone.pre_norm:
             path = backbone.pre_ln_name
-            norm = getattr(backbone, path)
-            dims = norm.weight.shape[0]
-            parts.append(Part('patch_norm', path, 0, dims, norm))
+            parts += parts_of([('patch_norm', path, 0, getattr(backbone,
+                                                               path))])
         return parts
 
     @classmethod

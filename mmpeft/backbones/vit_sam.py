@@ -10,6 +10,7 @@ from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from ..stream import Stream
 from .base import Block, Part, SiteMap, TrunkBlock
+from .places import parts_of
 from .prenorm import PreNormForward
 from .windowed import JoinedWindows
 
@@ -138,21 +139,14 @@ class ViTSAMSites(SiteMap):
     @classmethod
     def parts(cls, backbone: nn.Module) -> List[Part]:
         stem, path = backbone.patch_embed, cls.out_norm(backbone)
-        parts = [('patch_embed', 'patch_embed.projection', stem.projection),
-                 ('patch_norm', 'patch_embed.norm', stem.norm)]
-        if path is not None:
-            parts.append(('out_norm', path, backbone.get_submodule(path)))
-        return [
-            Part(
-                name,
-                path,
-                0,
-                module.weight.shape[0],
-                module,
-                channels_first=name == 'out_norm')
-            for name, path, module in parts
-            if getattr(module, 'weight', None) is not None
-        ]
+        parts = parts_of([('patch_embed', 'patch_embed.projection', 0,
+                           stem.projection),
+                          ('patch_norm', 'patch_embed.norm', 0, stem.norm)])
+        if path is None:
+            return parts
+        norm = backbone.get_submodule(path)
+        return parts + parts_of([('out_norm', path, 0, norm)],
+                                channels_first=True)
 
     @classmethod
     def out_norm(cls, backbone: nn.Module) -> Optional[str]:
