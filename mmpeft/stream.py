@@ -1,6 +1,6 @@
 """What travels beside the token stream through one forward."""
 from functools import partial
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch.nn as nn
 from torch import Tensor
@@ -31,6 +31,12 @@ class Stream:
         self.family = family
         self.networks = networks
         self.mergings = mergings
+        # By network, the blocks it runs beside; others may have tokens.
+        self.beside = {
+            name: {b.index
+                   for b in network.trunk.blocks}
+            for name, network in networks.items()
+        }
         # Numbers of the first and last block here, and of the first one that
         # passes its tokens on.
         self.first: Optional[int] = None
@@ -49,8 +55,10 @@ class Stream:
         """Forget all tensors."""
         self.tokens: Optional[Tensor] = None
         self.states: Dict[str, Any] = {}
+        # The stage that is being run.
         self.stage: Optional[int] = None
-        self.layout: Optional[TokenLayout] = None
+        # By network, stage and layout of the last block it ran beside.
+        self.places: Dict[str, Tuple[int, TokenLayout]] = {}
         # Whether the last output was joined before its norm.
         self.joined = False
 
@@ -93,22 +101,27 @@ class Stream:
         place, states = peft.place, self.states
         x, y = x.detach(), y.detach()
         for name, network in self.networks.items():
-            if self.stage is None:
+            if place.index not in self.beside[name]:
+                continue
+            if name not in states:
                 states[name] = network.start(x, layout)
-            elif place.stage != self.stage:
+            elif place.stage != self.places[name][0]:
+                before = self.places[name][1]
                 downsample = partial(self.family.merge_map,
-                                     self.mergings[place.stage], self.layout)
+                                     self.mergings[place.stage], before)
                 states[name] = network.next_stage(states[name], place.stage,
-                                                  downsample, self.layout)
+                                                  downsample, before)
             states[name] = network.step(states[name], place, x, y, taps,
                                         layout)
-        self.stage, self.layout = place.stage, layout
+            self.places[name] = place.stage, layout
+        self.stage = place.stage
 
     def output(self, x: Tensor, stage: int) -> Tensor:
         """The output of a stage with the side networks joined."""
-        if stage == self.stage:
-            for name, network in self.networks.items():
-                x = network.output(self.states[name], x, stage, self.layout)
+        for name, (last, layout) in self.places.items():
+            if last == stage:
+                x = self.networks[name].output(self.states[name], x, stage,
+                                               layout)
         return x
 
 
