@@ -1,7 +1,9 @@
 """Every method on two ranks against one process; a script for torchrun.
 
-Prints one line of JSON: by method, the largest difference of a weight after
-two steps, relative to the largest entry of its tensor.
+    torchrun ranks.py OUT KIND...
+
+Writes JSON: by kind of backbone and method, the largest difference of a weight
+after two steps, relative to the largest entry of its tensor.
 """
 import json
 import os
@@ -14,12 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
 
-from conftest import METHODS, build_pair, perturb  # noqa: E402
+from conftest import METHODS, build_pair, family_of  # noqa: E402
+from conftest import method_of, perturb  # noqa: E402
+from kinds import KINDS  # noqa: E402
+
+from mmpeft.engine.listing import refusal  # noqa: E402
 
 
-def build(method):
+def build(kind, method):
     """A backbone without drop-path and dropout, which ranks draw apart."""
-    _, peft = build_pair('mmdet', method)
+    _, peft = build_pair(kind, method)
     for module in perturb(peft).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.
@@ -39,17 +45,15 @@ def train(model, batches):
         optimizer.step()
 
 
-def main():
-    dist.init_process_group('gloo')
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    batches = [torch.randn(2 * ranks, 3, 44, 36) for _ in range(2)]
-    gaps = {}
+def compare(kind, rank, ranks):
+    """By method, the largest relative difference."""
+    size = KINDS[kind].sizes[0]
+    batches = [torch.randn(2 * ranks, 3, *size) for _ in range(2)]
+    family, gaps = family_of(kind), {}
     for name, method in METHODS.items():
-        if name == 'Frozen':
+        if name == 'Frozen' or refusal(method_of(name), family):
             continue
-        single, double = build(method), build(method)
+        single, double = build(kind, method), build(kind, method)
         double.load_state_dict(single.state_dict())
         train(single, batches)
         wrapped = DistributedDataParallel(double, find_unused_parameters=False)
@@ -57,6 +61,15 @@ def main():
         gaps[name] = max(
             float((a - b).abs().max() / a.abs().max().clamp(min=1e-3))
             for a, b in zip(single.parameters(), double.parameters()))
+    return gaps
+
+
+def main():
+    dist.init_process_group('gloo')
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    gaps = {kind: compare(kind, rank, ranks) for kind in sys.argv[2:]}
     if rank == 0:
         with open(sys.argv[1], 'w') as file:
             json.dump(gaps, file)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
@@ -117,8 +118,14 @@ class PEFTCheckpointHook(Hook):
         if not peft_states(model):
             return
         checkpoint['peft_randomness'] = self._gathered
-        if _in_shards(runner.model) or 'state_dict' not in checkpoint:
-            # FSDP, DeepSpeed: the base of the delta is on no rank.
+        if 'state_dict' not in checkpoint:  # DeepSpeed writes its own
+            return
+        if _in_shards(runner.model):
+            # The base of the delta is on no rank. FSDP marks tensors, and a
+            # marked one is no plain data, which is all that we read.
+            state = checkpoint['state_dict']
+            state.update((k, v.detach()) for k, v in state.items()
+                         if type(v) is torch.Tensor)
             return
         if all(p.requires_grad for p in model.parameters()):
             # Full: the delta would be the checkpoint once more.
