@@ -67,6 +67,22 @@ def swin(library: str, **kwargs) -> Kind:
         init_by_layer=library == 'mmpretrain')
 
 
+def vit(cfg: dict, out_norms: Tuple[str, ...] = ('ln1', ), **facts) -> Kind:
+    """One stage of four blocks, with patches of 8 and a class token."""
+    cfg = dict(cfg, patch_size=8, out_indices=[1, 3], drop_path_rate=.2)
+    missing = ('patch_norm', 'merge_norm') + ('out_norm', ) * (not out_norms)
+    facts = {'grid': (8, 6), 'extra': 1, **facts}
+    return Kind(
+        cfg,
+        patch_size=8,
+        out_norms=out_norms,
+        dims={0: 16},
+        no_parts=missing,
+        **facts)
+
+
+BLOCKS = dict(embed_dims=16, num_layers=4, num_heads=2)
+ARCH = dict(BLOCKS, feedforward_channels=64)
 SWIN = dict(embed_dims=16, depths=(2, 2), num_heads=(2, 4), strides=(4, 2))
 KINDS = {
     'mmdet':
@@ -78,91 +94,36 @@ KINDS = {
         'mmpretrain',
         arch=dict(embed_dims=16, depths=[2, 2], num_heads=[2, 4]),
         pad_small_map=True),
-    # With a class token.
     'vit':
-    Kind(
+    vit(
         dict(
             type='mmpretrain.VisionTransformer',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=64),
+            arch=ARCH,
             img_size=48,
-            patch_size=8,
             out_type='featmap',
-            out_indices=(1, 3),
-            layer_scale_init_value=.5,
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
-        out_norms=('ln1', ),
-        dims={0: 16},
-        extra=1,
-        no_parts=('patch_norm', 'merge_norm')),
+            layer_scale_init_value=.5)),
     # Fixed in size by its relative positions, and without _format_output.
     'beit':
-    Kind(
-        dict(
-            type='mmseg.BEiT',
-            img_size=(60, 44),
-            patch_size=8,
-            embed_dims=16,
-            num_layers=4,
-            num_heads=2,
-            out_indices=(1, 3),
-            final_norm=True,
-            drop_path_rate=.2),
-        patch_size=8,
+    vit(dict(type='mmseg.BEiT', img_size=(60, 44), final_norm=True, **BLOCKS),
         grid=(7, 5),
-        out_norms=('ln1', ),
-        dims={0: 16},
-        extra=1,
-        no_parts=('patch_norm', 'merge_norm'),
         sizes=((60, 44), (57, 46)),
         init_by_layer=False),
     'beit_mmpretrain':
-    Kind(
-        dict(
-            type='mmpretrain.BEiTViT',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=64),
-            img_size=(60, 44),
-            patch_size=8,
-            out_type='featmap',
-            out_indices=[1, 3],
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
+    vit(dict(
+        type='mmpretrain.BEiTViT',
+        arch=ARCH,
+        img_size=(60, 44),
+        out_type='featmap'),
         out_norms=(),
-        dims={0: 16},
-        extra=1,
-        no_parts=('patch_norm', 'merge_norm', 'out_norm'),
         sizes=((60, 44), (57, 41))),
     # Its blocks write the positions of the last image into buffers.
     'eva02':
-    Kind(
+    vit(
         dict(
             type='mmpretrain.ViTEVA02',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=48),
+            arch=dict(BLOCKS, feedforward_channels=48),
             img_size=(60, 44),
-            patch_size=8,
-            out_type='featmap',
-            out_indices=[1, 3],
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
-        out_norms=('ln1', ),
-        dims={0: 16},
-        extra=1,
-        no_parts=('patch_norm', 'merge_norm')),
+            out_type='featmap')),
     # Norms behind the branches, one more behind every second block, and
     # windows of two sizes.
     'swin_v2':
@@ -190,51 +151,31 @@ KINDS = {
     # Maps of channels last, windows that do not divide them, one global
     # block, and a neck.
     'vit_sam':
-    Kind(
-        dict(
-            type='mmpretrain.ViTSAM',
-            arch=dict(
-                embed_dims=16,
-                num_layers=4,
-                num_heads=2,
-                feedforward_channels=64,
-                global_attn_indexes=[1]),
-            img_size=48,
-            patch_size=8,
-            window_size=3,
-            out_channels=12,
-            out_indices=(1, 3),
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
+    vit(dict(
+        type='mmpretrain.ViTSAM',
+        arch=dict(ARCH, global_attn_indexes=[1]),
+        img_size=48,
+        window_size=3,
+        out_channels=12),
         out_norms=('channel_reduction.3', ),
-        dims={0: 16},
-        no_parts=('patch_norm', 'merge_norm')),
+        extra=0),
     # Features of timm: class and register tokens, LayerScale, no norm, and a
     # stem that fills up the image.
     'timm_vit':
-    Kind(
-        dict(
-            type='mmpretrain.TIMMBackbone',
-            model_name='vit_tiny_patch16_224',
-            features_only=True,
-            img_size=48,
-            patch_size=8,
-            embed_dim=16,
-            depth=4,
-            num_heads=2,
-            reg_tokens=2,
-            init_values=.5,
-            dynamic_img_size=True,
-            dynamic_img_pad=True,
-            out_indices=(1, 3),
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
+    vit(dict(
+        type='mmpretrain.TIMMBackbone',
+        model_name='vit_tiny_patch16_224',
+        features_only=True,
+        img_size=48,
+        embed_dim=16,
+        depth=4,
+        num_heads=2,
+        reg_tokens=2,
+        init_values=.5,
+        dynamic_img_size=True,
+        dynamic_img_pad=True),
         out_norms=(),
-        dims={0: 16},
         extra=3,
-        no_parts=('patch_norm', 'merge_norm', 'out_norm'),
         stem='timm_model.model.patch_embed.proj',
         packages=('timm', )),
     # Maps of channels last; patch merging at the start of a stage.
@@ -263,24 +204,13 @@ KINDS = {
         packages=('timm', )),
     # nn.MultiheadAttention, and maps of inner blocks.
     'vit_mmseg':
-    Kind(
+    vit(
         dict(
             type='mmseg.VisionTransformer',
             img_size=48,
-            patch_size=8,
-            embed_dims=16,
-            num_layers=4,
-            num_heads=2,
-            out_indices=(1, 3),
             patch_bias=True,
             final_norm=True,
-            drop_path_rate=.2),
-        patch_size=8,
-        grid=(8, 6),
-        out_norms=('ln1', ),
-        dims={0: 16},
-        extra=1,
-        no_parts=('patch_norm', 'merge_norm')),
+            **BLOCKS)),
     # Keys of a reduced map, and convolutions in the MLP.
     'mit':
     Kind(
