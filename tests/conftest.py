@@ -66,7 +66,11 @@ def stock_cfg(kind, **kwargs):
 
 def peft_cfg(kind, method, **kwargs):
     """The same with a method."""
-    cfg = stock_cfg(kind)
+    return with_method(stock_cfg(kind), method, **kwargs)
+
+
+def with_method(cfg, method, **kwargs):
+    """The config of a stock backbone with a method."""
     return dict(
         cfg,
         type='mmpeft.PEFTBackbone',

@@ -75,16 +75,6 @@ def builders(cfg_of, frozen=False):
     return stock_of, peft_of
 
 
-def peft_cfg(cfg, method, **kwargs):
-    """A config with a method, of one of a stock backbone."""
-    return dict(
-        cfg,
-        type='mmpeft.PEFTBackbone',
-        stock=cfg['type'],
-        method=method,
-        **kwargs)
-
-
 def classifier(backbone):
     """A model of mmpretrain, for a backbone of 16 channels."""
     return dict(
@@ -114,6 +104,23 @@ def flat(outs):
         return [outs]
     outs = outs.values() if isinstance(outs, dict) else outs
     return [t for out in outs for t in flat(out)]
+
+
+def stream_of(stock, image):
+    """What enters its first block, and what leaves each."""
+    seen, layers = [], [b.module for b in blocks_of(stock)]
+    hooks = [
+        layers[0].register_forward_pre_hook(
+            lambda m, args: seen.append(args[0]))
+    ]
+    hooks += [
+        layer.register_forward_hook(lambda m, args, y: seen.append(y))
+        for layer in layers
+    ]
+    run(stock, image)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def loss_of(backbone, image):

@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_joined, check_layer_decay, check_merged,
                       check_methods, check_recognised, check_skipped,
-                      classifier, equal, image_of, loss_of, peft_cfg,
-                      run, scope_of)
+                      classifier, equal, image_of, loss_of, run, scope_of,
+                      stream_of)
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
@@ -160,12 +161,7 @@ def test_prompts_are_tokens_without_a_bias(method, image):
     of all tokens from outside."""
     stock, peft = peft_of('shared', f'{method}:num_tokens=3')
     stock.eval(), peft.eval()
-    entered = []
-    handle = stock.layers[0].register_forward_pre_hook(
-        lambda m, args: entered.append(args[0]))
-    run(stock, image)
-    handle.remove()
-    x, = entered
+    x, *_ = stream_of(stock, image)
     bias = F.pad(stock.rel_pos_bias(), (3, 0, 3, 0))
     for i, layer in enumerate(stock.layers):
         if method == 'VPTDeep':
@@ -239,10 +235,7 @@ def test_side_networks_join_each_output_once(variant, image):
     """Against what the stock blocks give, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys, expected = [], []
-    for layer in stock.layers:
-        layer.register_forward_hook(lambda m, args, y: ys.append(y))
-    run(stock, image)
+    (_, *ys), expected = stream_of(stock, image), []
     for i in sorted(stock.out_indices):
         out = ys[i] + sum(ys[:i + 1])
         if i == len(ys) - 1 and stock.final_norm:
@@ -289,7 +282,7 @@ def test_layer_decay(variant, constructor, paramwise):
     import mmpretrain.engine.optimizers  # noqa: F401
     import mmseg.engine.optimizers  # noqa: F401
     model = classifier if 'mmpretrain' in constructor else segmentor
-    model = MODELS.build(model(peft_cfg(cfg_of(variant), DECAY)))
+    model = MODELS.build(model(with_method(cfg_of(variant), DECAY)))
     rates = check_layer_decay(
         model, constructor=constructor, paramwise_cfg=paramwise)
     stem = model.backbone.patch_embed.projection.peft
@@ -344,7 +337,7 @@ def test_pretrained_by_mmseg(variant, image, tmp_path):
         state = {k: v for k, v in state.items() if 'relative' not in k}
     torch.save(state, file)
     peft = MODELS.build(
-        peft_cfg(
+        with_method(
             cfg_of(variant),
             'LoRA:rank=2',
             init_cfg=dict(type='Pretrained', checkpoint=file)))
@@ -377,7 +370,7 @@ def test_tables_of_another_size(variant, image, tmp_path, monkeypatch):
     torch.save(stock_of(variant, img_size=48).state_dict(), file)
     given = dict(init_cfg=dict(type='Pretrained', checkpoint=file))
     stock = MODELS.build(cfg_of(variant, **given))
-    peft = MODELS.build(peft_cfg(cfg_of(variant), 'LoRA:rank=2', **given))
+    peft = MODELS.build(with_method(cfg_of(variant), 'LoRA:rank=2', **given))
     stock.init_weights(), peft.init_weights()
     assert train_step(peft, image)
     for name, parameter in stock.named_parameters():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import perturb
 from families import (TOGETHER, Sum, builders, check_bare, check_joined,
                       check_merged, check_methods, check_recognised,
-                      classifier, image_of, run, scope_of)
+                      classifier, image_of, run, scope_of, stream_of)
 
 from mmpeft.errors import MergeError, PEFTError
 from mmpeft.merging import merged_state_dict
@@ -150,10 +150,7 @@ def test_grid(image):
 def test_side_networks_join_each_output_once(variant, image):
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys, expected = [], []
-    for layer in stock.layers:
-        layer.register_forward_hook(lambda m, args, y: ys.append(y))
-    run(stock, image)
+    (_, *ys), expected = stream_of(stock, image), []
     for i in sorted(stock.out_indices):
         out = ys[i] + sum(ys[:i + 1])
         if i == len(ys) - 1 and stock.final_norm:

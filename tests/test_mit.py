@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from conftest import perturb, with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_looked_at, check_methods, check_skipped, equal,
-                      image_of, peft_cfg, run, scope_of)
+                      image_of, run, scope_of)
 from mmengine.registry import MODELS
 from test_sites import MAP_SITES, Look
 
@@ -292,7 +292,7 @@ def numel_of_stage(before, d, patch, ratio):
 
 
 def test_weights_that_were_never_loaded(image):
-    peft = MODELS.build(peft_cfg(BASE, 'LoRA:rank=2'))
+    peft = MODELS.build(with_method(BASE, 'LoRA:rank=2'))
     with pytest.raises(PEFTError, match='never loaded'):
         run(peft, image)
     peft.load_state_dict(stock_of('').state_dict(), strict=False)

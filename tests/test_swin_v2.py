@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from conftest import perturb
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_joined, check_methods, check_recognised,
-                      check_skipped, classifier, image_of, near, run, scope_of)
+                      check_skipped, classifier, image_of, near, run, scope_of,
+                      stream_of)
 
 from mmpeft.counting import count_params
 from mmpeft.errors import MergeError
@@ -141,12 +142,8 @@ def test_prompts_that_go_on():
     perturb(peft).eval(), stock.eval()
     # Two blocks of a 4 x 4 map: one window, and four parts of a shifted one.
     image = torch.randn(1, 3, 16, 16)
-    blocks = stock.stages[0].blocks
-    entered = []
-    blocks[0].register_forward_pre_hook(
-        lambda m, args: entered.append(args[0]))
-    run(stock, image)
-    x, tokens = entered[0][0], peft.peft.vpt_shallow.weight
+    (x, *_), *_ = stream_of(stock, image)
+    blocks, tokens = stock.stages[0].blocks, peft.peft.vpt_shallow.weight
     tokens = tokens.reshape(3, 8)
     for block in blocks:
         mask, order = 0, torch.arange(16)

@@ -9,7 +9,7 @@ from conftest import perturb
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_gradients, check_joined, check_merged,
                       check_methods, check_recognised, equal, image_of,
-                      loss_of, near, run, scope_of)
+                      loss_of, near, run, scope_of, stream_of)
 from mmengine.config import Config
 from test_counts_vit import ROWS, closed_form
 from test_sites import Prompt
@@ -272,9 +272,7 @@ def test_side_networks_join_each_output_once(variant, image):
     """Against the stock blocks by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys, model = [], model_in(stock)
-    for block in model.blocks:
-        block.register_forward_hook(lambda m, args, y: ys.append(y))
+    (_, *ys), model = stream_of(stock, image), model_in(stock)
     plain = run(stock, image)
     if stock.timm_model is model:
         expected = [model.forward_head(model.norm(ys[-1] + sum(ys)))]

@@ -4,12 +4,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, perturb
+from conftest import METHODS, perturb, with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_gradients, check_joined, check_layer_decay,
                       check_merged, check_methods, check_recognised,
-                      check_skipped, classifier, image_of, loss_of, peft_cfg,
-                      run, scope_of)
+                      check_skipped, classifier, image_of, loss_of, run,
+                      scope_of, stream_of)
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
@@ -140,11 +140,7 @@ def test_prompts_are_tokens_of_the_sequence(method, image):
     """As in the paper: [class, prompts, patches] through stock blocks."""
     stock, peft = peft_of('', f'{method}:num_tokens=3')
     stock.eval(), peft.eval()
-    entered = []
-    handle = stock.layers[0].register_forward_pre_hook(
-        lambda m, args: entered.append(args[0]))
-    run(stock, image)
-    handle.remove()
+    x, *_ = stream_of(stock, image)
 
     def before(i, x):
         if method == 'VPTShallow':
@@ -157,7 +153,7 @@ def test_prompts_are_tokens_of_the_sequence(method, image):
         prompts = prompts.expand(len(x), -1, -1)
         return torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)
 
-    y = blocks_by_hand(stock, entered[0], before, lambda x: x)[:, 4:]
+    y = blocks_by_hand(stock, x, before, lambda x: x)[:, 4:]
     out = run(peft, image)[0].flatten(2).transpose(1, 2)
     assert (out - y).abs().max() < 1e-5
 
@@ -255,13 +251,10 @@ def test_side_networks_join_each_output_once(variant, image):
     """Against the stock blocks and ``_format_output``, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys, expected = [], []
-    for layer in stock.layers:
-        layer.register_forward_hook(lambda m, args, y: ys.append(y))
-    shapes = []
+    expected, shapes = [], []
     stock.patch_embed.register_forward_hook(
         lambda m, args, out: shapes.append(out[1]))
-    run(stock, image)
+    _, *ys = stream_of(stock, image)
     for i in sorted(stock.out_indices):
         out = ys[i] + sum(ys[:i + 1])
         if i == len(ys) - 1 and stock.final_norm:
@@ -305,7 +298,8 @@ def test_layer_decay():
     """Added parameters get the depth of their block."""
     import mmpretrain.engine.optimizers  # noqa: F401
     method = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
-    model = MODELS.build(classifier(peft_cfg(cfg_of('class token'), method)))
+    model = MODELS.build(
+        classifier(with_method(cfg_of('class token'), method)))
     backbone = model.backbone
     for name, parameter in backbone.named_parameters():
         depth, layers = backbone.get_layer_depth(name)
@@ -330,7 +324,7 @@ def test_blocks_elsewhere_are_left_alone(image):
     model = MODELS.build(
         dict(
             type='mmpretrain.MAE',
-            backbone=peft_cfg(cfg_of('MAE'), 'LoRA:rank=2'),
+            backbone=with_method(cfg_of('MAE'), 'LoRA:rank=2'),
             neck=dict(
                 type='mmpretrain.MAEPretrainDecoder',
                 num_patches=16,

@@ -4,11 +4,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from conftest import perturb, with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_joined, check_looked_at, check_methods,
-                      check_skipped, equal, image_of, near, peft_cfg, rates_of,
-                      run, scope_of)
+                      check_skipped, equal, image_of, near, rates_of, run,
+                      scope_of, stream_of)
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from test_sites import MAP_SITES, Look
@@ -172,12 +172,7 @@ def test_prompts_are_tokens_of_the_sequence(method, variant, image):
     """As in the paper: [..., patches, prompts] through stock blocks."""
     stock, peft = peft_of(variant, f'{method}:num_tokens=3')
     stock.eval(), peft.eval()
-    entered = []
-    handle = stock.layers[0].register_forward_pre_hook(
-        lambda m, args: entered.append(args[0]))
-    run(stock, image)
-    handle.remove()
-    x = entered[0]
+    x, *_ = stream_of(stock, image)
     for i, layer in enumerate(stock.layers[:max(stock.out_indices) + 1]):
         if method == 'VPTDeep':
             prompts = peft.layers[i].peft['vpt_deep']['tokens'].prompts.weight
@@ -217,9 +212,7 @@ def test_side_networks_join_each_output_once(variant, image):
     """Against stock blocks and outputs composed by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys = []
-    for layer in stock.layers:
-        layer.register_forward_hook(lambda m, args, y: ys.append(y))
+    _, *ys = stream_of(stock, image)
     outs = run(stock, image)
     expected = outs[:2] if stock.out_origin else []
     for i in sorted(stock.out_indices):
@@ -294,7 +287,7 @@ def test_checkpoint_of_another_size(image, tmp_path):
         file = str(tmp_path / 'base.pth')
         torch.save(stock_of(variant, img_size=48).state_dict(), file)
         peft = MODELS.build(
-            peft_cfg(
+            with_method(
                 cfg_of(variant),
                 'LoRA:rank=2',
                 init_cfg=dict(type='Pretrained', checkpoint=file)))

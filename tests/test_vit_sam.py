@@ -4,11 +4,11 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import perturb
+from conftest import perturb, with_method
 from families import (TOGETHER, Sum, builders, check_bare, check_joined,
                       check_layer_decay, check_merged, check_methods,
                       check_recognised, check_skipped, classifier, image_of,
-                      near, peft_cfg, run, scope_of)
+                      near, run, scope_of, stream_of)
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
@@ -136,10 +136,7 @@ def test_side_networks_join_before_the_neck(variant, image):
     """Against the stock blocks and neck, by hand."""
     stock, peft = peft_of(variant, dict(type=Sum))
     stock.eval(), peft.eval()
-    ys, expected = [], []
-    for layer in stock.layers:
-        layer.register_forward_hook(lambda m, args, y: ys.append(y))
-    run(stock, image)
+    (_, *ys), expected = stream_of(stock, image), []
     for i in stock.out_indices:
         out = (ys[i] + sum(ys[:i + 1])).permute(0, 3, 1, 2)
         if stock.out_channels:
@@ -180,7 +177,7 @@ def test_layer_decay():
     import mmpretrain.engine.optimizers  # noqa: F401
     method = 'Mona:dim=4+SSF+LST:reduction=4+VPTShallow:num_tokens=2'
     check_layer_decay(
-        MODELS.build(classifier(peft_cfg(cfg_of('average'), method))),
+        MODELS.build(classifier(with_method(cfg_of('average'), method))),
         constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
         paramwise_cfg=dict(layer_decay_rate=.5))
 
