@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
 
-from conftest import METHODS, build_pair, family_of  # noqa: E402
-from conftest import method_of, perturb  # noqa: E402
+import conftest  # noqa: E402
 from kinds import KINDS  # noqa: E402
 
 from mmpeft.engine.listing import refusal  # noqa: E402
@@ -25,8 +24,8 @@ from mmpeft.engine.listing import refusal  # noqa: E402
 
 def build(kind, method):
     """A backbone without drop-path and dropout, which ranks draw apart."""
-    _, peft = build_pair(kind, method)
-    for module in perturb(peft).modules():
+    _, peft = conftest.build_pair(kind, method)
+    for module in conftest.perturb(peft).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.
         for rate in ('drop_prob', 'drop_path_rate'):
@@ -49,9 +48,9 @@ def compare(kind, rank, ranks):
     """By method, the largest relative difference."""
     size = KINDS[kind].sizes[0]
     batches = [torch.randn(2 * ranks, 3, *size) for _ in range(2)]
-    family, gaps = family_of(kind), {}
-    for name, method in METHODS.items():
-        if name == 'Frozen' or refusal(method_of(name), family):
+    family, gaps = conftest.family_of(kind), {}
+    for name, method in conftest.METHODS.items():
+        if name == 'Frozen' or refusal(conftest.method_of(name), family):
             continue
         single, double = build(kind, method), build(kind, method)
         double.load_state_dict(single.state_dict())
