@@ -48,6 +48,8 @@ themselves in this regime only.
 - The head learns at a rate of its own, which Frozen chooses for all methods;
   what a method trains in the backbone is tuned over one grid, the same for
   every method; "(edge)" marks a choice at an end of a grid.
+- That rate of its own takes the place of the rule for norms in the head, so
+  these have weight decay, for every method.
 - The images are 15 x 11 patches; the positions of the 14 x 14 of the
   pre-training are interpolated in the forward, as stock does.
 - No drop-path.
