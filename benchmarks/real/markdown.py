@@ -25,10 +25,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def fold(text: str) -> str:
-    """Wraps paragraphs and lists to 79 columns; tables and titles stay."""
+    """Wraps paragraphs and lists to 79 columns; the rest stays."""
     blocks = []
     for block in text.split('\n\n'):
-        if not block.startswith(('|', '#')):
+        if not block.startswith(('|', '#', '```')):
             items = block.split('\n- ') if block.startswith('- ') else [block]
             items[0] = items[0].removeprefix('- ')
             mark = '- ' if block.startswith('- ') else ''

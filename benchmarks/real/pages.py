@@ -34,8 +34,12 @@ among themselves in this regime only; they say nothing about Swin-B on COCO.
     """\
 # PEFT methods on real data, with a released DeiT-tiny
 
-The tables are written by `{command}`
-and not edited by hand. A cell that says "not measured" was not run.
+The tables are written by this command and not edited by hand. A cell that
+says "not measured" was not run.
+
+```bash
+{command}
+```
 
 The released DeiT-tiny (5.5 M parameters without its classifier, pre-trained
 on ImageNet-1k at 224x224) is the start of every run. It arrives through
