@@ -226,7 +226,7 @@ def header_with_wrong_types(path, good, rng, marker):
     _write_raw(path, tensors, json.dumps(header))
 
 
-@kind(DELTAS, "lacks|tensors differ")
+@kind(DELTAS, 'lacks|tensors differ')
 def without_some(path, good, rng, marker):
     """As if they had never been trained."""
     tensors, header = read_delta(good)
