@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from .delta import unwrap
+from .delta_parts import unwrap
 from .errors import PEFTError
 from .methods.folded import refuse_loading
 from .state import attached_modules

@@ -1,21 +1,20 @@
 """Several tasks on one base: deltas that take turns in one model."""
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from .build import attach as put
-from .delta import fingerprint, peft_states, source_text, title, unwrap
-from .delta_file import Header, read_delta
+from .delta_file import read_delta
+from .delta_parts import peft_states, unwrap
 from .errors import MergeError, PEFTError
-from .injection import Prepared, eject, prepare
+from .injection import eject
 from .merging import merged_state_dict
-from .registry import METHODS
 from .state import guard
+from .task_set import Tasks, compare, make_task, remember, write
 
 __all__ = [
     'active', 'attach', 'detach', 'disable', 'list_tasks', 'merge_tasks',
@@ -23,38 +22,6 @@ __all__ = [
 ]
 
 KEY = '_peft_tasks'
-
-
-@dataclass
-class Task:
-    """One delta, ready to be put in.
-
-    Attributes:
-        header (Header): Of its file.
-        prepared (dict): By path of a backbone, what is attached there; the
-            modules are built once and keep their weights.
-        stock (dict): What it has instead of tensors of the base: heads,
-            norms, biases, statistics.
-    """
-
-    header: Header
-    prepared: Dict[str, Prepared]
-    stock: Dict[str, Tensor]
-
-
-@dataclass
-class Tasks:
-    """The tasks of a model, in a plain attribute: no key changes.
-
-    Attributes:
-        found (OrderedDict): By name.
-        base (dict): The model's own tensors, of those that tasks replace.
-        active (str, optional): The one that is in; None is the base.
-    """
-
-    found: 'OrderedDict[str, Task]'
-    base: Dict[str, Tensor]
-    active: Optional[str] = None
 
 
 def attach(model: nn.Module,
@@ -98,8 +65,8 @@ def attach(model: nn.Module,
     before = known.active
     set_active(model, None)
     try:
-        task = _make(model, tensors, header, delta)
-        _remember(model, known, task)
+        task = make_task(model, tensors, header, delta)
+        remember(model, known, task)
         known.found[name] = task
         model.__dict__[KEY] = known
         if any(p.build.modules or p.build.networks or p.build.shared
@@ -153,7 +120,7 @@ def set_active(model: nn.Module, name: Optional[str]) -> None:
             put(backbone, prepared.state, prepared.build)
             backbone.peft = prepared.state
             guard(backbone, fresh=False)
-        _write(model, task.stock)
+        write(model, task.stock)
     known.active = name
 
 
@@ -240,89 +207,17 @@ def merge_tasks(model: nn.Module, weights: Dict[str, float],
     return base
 
 
-def _make(model: nn.Module, tensors: Dict[str, Tensor], header: Header,
-          path: str) -> Task:
-    """Everything a task needs, checked; the model is stock and is only
-    read."""
-    own = model.state_dict(keep_vars=True)
-    names = header.base['names']
-    lost = [n for n in names if n not in own]
-    if lost:
-        raise PEFTError(f'{path} belongs to another model: this one has no '
-                        f'{lost[0]!r}, nor {len(lost) - 1} others of its '
-                        'base.')
-    if fingerprint({n: own[n] for n in names}) != header.base['fingerprint']:
-        raise PEFTError(
-            f'{path} was trained on another base than the {len(names)} '
-            f'weights of this model; {source_text(header)}')
-    prepared = {}
-    for at, about in header.backbones.items():
-        methods = [_known_method(m, path) for m in about['method']]
-        try:
-            prepared[at] = prepare(
-                model.get_submodule(at), methods, allow_random_base=True)
-        except PEFTError as error:
-            raise PEFTError(f'{path} is not for this model: '
-                            f'{error}') from error
-        # Whatever the arguments in the file may bring about.
-        except Exception as error:
-            raise PEFTError(f'{path} holds methods for {at!r} that cannot be '
-                            f'built here ({type(error).__name__}: '
-                            f'{error}).') from error
-    stock = {
-        k: v
-        for k, v in tensors.items()
-        if '.peft.' not in f'.{k}' and k not in set(names)
-    }
-    plain = {k: v for k, v in tensors.items() if '.peft.' not in f'.{k}'}
-    wanted = {n for n, _ in model.named_parameters()} - set(names)
-    _compare(f'{path} does not fit this model', plain,
-             {k: own[k]
-              for k in wanted | (plain.keys() & own.keys())})
-    return Task(header, prepared, stock)
-
-
-def _known_method(method: dict, path: str) -> dict:
-    """A method config from a file: never a name that would be imported."""
-    METHODS.import_from_location()
-    if not isinstance(method,
-                      dict) or method.get('type') not in METHODS.module_dict:
-        raise PEFTError(f'{path} names a method that is not registered: '
-                        f'{method!r:.80}.')
-    return dict(method)
-
-
-def _remember(model: nn.Module, known: Tasks, task: Task) -> None:
-    own = model.state_dict()
-    for key in task.stock:
-        if key not in known.base:
-            known.base[key] = own[key].clone()
-
-
 def _load(model: nn.Module, known: Tasks, name: str,
           tensors: Dict[str, Tensor]) -> None:
     """Write the attached tensors once, with the task in its place."""
     set_active(model, name)
     mine = {k: v for k, v in tensors.items() if '.peft.' in f'.{k}'}
-    _compare(f'The delta of {name!r} does not fit this model', mine, {
+    compare(f'The delta of {name!r} does not fit this model', mine, {
         k: v
         for k, v in model.state_dict().items() if '.peft.' in f'.{k}'
     })
     model.load_state_dict(mine, strict=False)
     set_active(model, None)
-
-
-def _compare(what: str, mine: Dict[str, Tensor], wanted: Dict[str,
-                                                              Tensor]) -> None:
-    odd = [
-        k for k in sorted({*mine, *wanted}) if k not in mine or k not in wanted
-        or mine[k].shape != wanted[k].shape or mine[k].dtype != wanted[k].dtype
-    ]
-    if odd:
-        there, here = ('missing' if t is None else title(t)
-                       for t in (mine.get(odd[0]), wanted.get(odd[0])))
-        raise PEFTError(f'{what}: {len(odd)} tensors differ, such as '
-                        f'{odd[0]!r}, which is {there} and here {here}.')
 
 
 def _take_out(model: nn.Module, known: Tasks) -> None:
@@ -332,11 +227,4 @@ def _take_out(model: nn.Module, known: Tasks) -> None:
     task.stock = {k: own[k].detach().clone() for k in task.stock}
     for path in task.prepared:
         eject(model.get_submodule(path))
-    _write(model, {k: known.base[k] for k in task.stock})
-
-
-def _write(model: nn.Module, values: Dict[str, Any]) -> None:
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key, value in values.items():
-            own[key].data.copy_(value)
+    write(model, {k: known.base[k] for k in task.stock})

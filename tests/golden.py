@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import mmpeft
-from mmpeft.delta import delta_names
+from mmpeft.delta_parts import delta_names
 
 __all__ = ['MODELS', 'features']
 

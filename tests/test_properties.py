@@ -15,7 +15,7 @@ from kinds import KINDS
 from mmengine.registry import MODELS
 
 import mmpeft
-from mmpeft.delta import delta_names
+from mmpeft.delta_parts import delta_names
 from mmpeft.errors import MergeError, PEFTError
 from mmpeft.merging import merged_state_dict
 from mmpeft.methods.base import PEFTModule

@@ -9,7 +9,7 @@ from kinds import KINDS
 from mmengine.registry import MODELS
 
 import mmpeft
-from mmpeft.delta import delta_names
+from mmpeft.delta_parts import delta_names
 from mmpeft.errors import MergeError, PEFTError
 
 NAMES = [

@@ -11,9 +11,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-from ..delta import (apply_delta, check_base, check_methods, check_names,
-                     check_tensors, fingerprint, source_text)
+from ..delta import apply_delta
+from ..delta_checks import (check_base, check_methods, check_names,
+                            check_tensors, source_text)
 from ..delta_file import Header, parse_header, read_delta
+from ..delta_parts import fingerprint
 from ..errors import PEFTError
 
 __all__ = [

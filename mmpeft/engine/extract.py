@@ -4,7 +4,8 @@ from argparse import Namespace
 from typing import Any, Dict, List
 
 from ..config import find_peft_backbones
-from ..delta import missing_in, save_delta
+from ..delta import save_delta
+from ..delta_parts import missing_in
 from ..delta_file import Header, read_delta
 from ..errors import PEFTError
 from .checkpoint import load_exactly, read_checkpoint

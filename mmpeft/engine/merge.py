@@ -9,7 +9,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from ..config import find_peft_backbones
-from ..delta import peft_states, unwrap
+from ..delta_parts import peft_states, unwrap
 from ..errors import MergeError, PEFTError
 from ..merging import merged_state_dict
 from ..version import __version__

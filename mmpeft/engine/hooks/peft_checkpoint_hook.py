@@ -13,9 +13,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from ...delta import (delta_names, make_header, missing_in, peft_states,
-                      save_delta)
+from ...delta import make_header, save_delta
 from ...delta_file import SUFFIX
+from ...delta_parts import delta_names, missing_in, peft_states
 from ...errors import PEFTError
 from ...registry import HOOKS
 from ...whole_file import whole_file
