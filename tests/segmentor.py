@@ -4,6 +4,7 @@ No dropout and no drop-path, and samples drawn by index: what one process
 computes on a batch of four, two ranks compute on two each. As a script it
 imports mmpeft only if a method is asked for.
 """
+import itertools
 import json
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
+NUMBERS = itertools.count()
 BACKBONE = dict(
     type='mmseg.SwinTransformer',
     embed_dims=16,
@@ -88,7 +90,8 @@ def config(method=None, work_dir=None, iters=4, batch_size=4, **backbone):
                 checkpoint=dict(
                     type='CheckpointHook', interval=iters, by_epoch=False)),
             randomness=dict(seed=0),
-            experiment_name='tiny',
+            # Two runs of one second would share a visualizer.
+            experiment_name=f'tiny{next(NUMBERS)}',
             log_level='WARNING'))
 
 

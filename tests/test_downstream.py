@@ -198,7 +198,8 @@ def write_stock_config(folder, library):
     backbone = cfg['model']['backbone']
     backbone['type'] = backbone.pop('stock')
     del backbone['method'], cfg['custom_imports']
-    cfg['default_hooks'].pop('peft_report', None)
+    for name in ('peft_report', 'peft_checkpoint'):
+        cfg['default_hooks'].pop(name, None)
     for key in ('dataloader', 'evaluator', 'cfg'):
         cfg[f'train_{key}'] = cfg[f'val_{key}'] = None
     if library == 'mmseg':  # the generated data is ours
