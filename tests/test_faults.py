@@ -11,6 +11,7 @@ import sys
 import time
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ pytest.importorskip('mmseg')
 
 import fault_runs  # noqa: E402
 import segmentor  # noqa: E402
+from mmengine.registry import DATASETS  # noqa: E402
 
 from mmpeft.delta_file import read_delta  # noqa: E402
 from mmpeft.engine.checkpoint import read_checkpoint  # noqa: E402
@@ -233,6 +235,45 @@ def test_the_disk_is_full(runs, tmp_path):
     assert runs.check(work) == had and not glob.glob(f'{work}/*.tmp')
     assert finish(fault_runs.train, runs.config, work) == 0
     runs.finished(work)
+
+
+@DATASETS.register_module(force=True)
+class NoisyScenes(segmentor.TinyScenes):
+    """Random augmentation, in the process of a worker."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        noise = torch.randn(3, 36, 44) + random.random() + np.random.rand()
+        return dict(sample, inputs=sample['inputs'] + noise)
+
+
+@pytest.mark.slow
+def test_workers_draw_the_same_in_every_epoch(tmp_path):
+    """If they do not persist; so a run goes on as if it had not stopped."""
+    base = segmentor.write_base(str(tmp_path / 'base.pth'))
+
+    def config(work, epochs):
+        cfg = segmentor.config(
+            'Mona:dim=4',
+            str(tmp_path / work),
+            init_cfg=dict(type='Pretrained', checkpoint=base))
+        cfg.train_dataloader.update(
+            num_workers=1,
+            batch_size=8,
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            dataset=dict(type='NoisyScenes'))
+        cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs)
+        cfg.default_hooks.checkpoint.update(interval=1, by_epoch=True)
+        cfg.default_hooks.peft_checkpoint = dict(
+            type='mmpeft.PEFTCheckpointHook')
+        return cfg
+
+    _, losses = segmentor.train(config('whole', 2))
+    segmentor.train(config('half', 1))
+    torch.manual_seed(5)
+    rest = config('half', 2)
+    rest.resume, rest.load_from = True, str(tmp_path / 'half/epoch_1.pth')
+    assert segmentor.train(rest)[1] == losses[2:]
 
 
 def test_from_where_it_goes_on(tmp_path):
