@@ -5,8 +5,8 @@ from typing import Any, Dict, List
 
 from ..config import find_peft_backbones
 from ..delta import save_delta
-from ..delta_parts import missing_in
 from ..delta_file import Header, read_delta
+from ..delta_parts import missing_in
 from ..errors import PEFTError
 from .checkpoint import load_exactly, read_checkpoint
 from .count import build_model, without_init

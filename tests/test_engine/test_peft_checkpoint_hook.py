@@ -11,8 +11,8 @@ import segmentor  # noqa: E402
 from mmengine.runner import CheckpointLoader, Runner  # noqa: E402
 
 from mmpeft import load_delta, save_delta  # noqa: E402
-from mmpeft.delta_parts import delta_names  # noqa: E402
 from mmpeft.delta_file import read_delta  # noqa: E402
+from mmpeft.delta_parts import delta_names  # noqa: E402
 from mmpeft.engine.checkpoint import write_checkpoint  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
 
