@@ -14,13 +14,20 @@ from .state import PEFTState
 
 __all__ = [
     'arguments_of', 'backbones_of', 'base_of', 'delta_names', 'fingerprint',
-    'missing_in', 'peft_states', 'plain', 'unwrap'
+    'missing_in', 'peft_states', 'plain', 'unwrap', 'write_tensors'
 ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a wrapper for several ranks."""
     return model.module if is_model_wrapper(model) else model
+
+
+def write_tensors(model: nn.Module, values: Dict[str, Tensor]) -> None:
+    """Write tensors into a model in place, past hooks that would note it."""
+    own = model.state_dict(keep_vars=True)
+    for name, value in values.items():
+        own[name].data.copy_(value)
 
 
 def peft_states(model: nn.Module) -> Dict[str, PEFTState]:

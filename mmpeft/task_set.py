@@ -1,9 +1,8 @@
 """The tasks that a model has, and how one is made of a delta."""
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from typing import Dict, Optional
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from .errors import PEFTError
 from .injection import Prepared, prepare
 from .registry import METHODS
 
-__all__ = ['Task', 'Tasks', 'compare', 'make_task', 'remember', 'write']
+__all__ = ['Task', 'Tasks', 'compare', 'make_task', 'remember']
 
 
 @dataclass
@@ -119,10 +118,3 @@ def compare(what: str, mine: Dict[str, Tensor], wanted: Dict[str,
                        for t in (mine.get(odd[0]), wanted.get(odd[0])))
         raise PEFTError(f'{what}: {len(odd)} tensors differ, such as '
                         f'{odd[0]!r}, which is {there} and here {here}.')
-
-
-def write(model: nn.Module, values: Dict[str, Any]) -> None:
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key, value in values.items():
-            own[key].data.copy_(value)

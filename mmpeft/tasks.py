@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .build import attach as put
 from .delta_file import read_delta
-from .delta_parts import peft_states, unwrap
+from .delta_parts import peft_states, unwrap, write_tensors
 from .errors import MergeError, PEFTError
 from .injection import eject
 from .merging import merged_state_dict
 from .state import guard
-from .task_set import Tasks, compare, make_task, remember, write
+from .task_set import Tasks, compare, make_task, remember
 
 __all__ = [
     'active', 'attach', 'detach', 'disable', 'list_tasks', 'merge_tasks',
@@ -120,7 +120,7 @@ def set_active(model: nn.Module, name: Optional[str]) -> None:
             put(backbone, prepared.state, prepared.build)
             backbone.peft = prepared.state
             guard(backbone, fresh=False)
-        write(model, task.stock)
+        write_tensors(model, task.stock)
     known.active = name
 
 
@@ -227,4 +227,4 @@ def _take_out(model: nn.Module, known: Tasks) -> None:
     task.stock = {k: own[k].detach().clone() for k in task.stock}
     for path in task.prepared:
         eject(model.get_submodule(path))
-    write(model, {k: known.base[k] for k in task.stock})
+    write_tensors(model, {k: known.base[k] for k in task.stock})

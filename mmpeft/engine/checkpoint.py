@@ -1,7 +1,7 @@
 """Checkpoints: which model they belong to, and writing them safely."""
 import logging
 import os.path as osp
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
 from mmengine.config import Config
@@ -19,8 +19,13 @@ from .safe_loading import guard_loading
 
 __all__ = [
     'is_delta', 'read_checkpoint', 'write_checkpoint', 'strip_method',
-    'match_checkpoint', 'load_exactly'
+    'match_checkpoint', 'load_exactly', 'check_out', 'KEPT_META'
 ]
+
+# What a delta or a merged file remembers of the checkpoint it was made of:
+# the state of its training has no meaning for either.
+KEPT_META = ('epoch', 'iter', 'seed', 'experiment_name', 'time',
+             'dataset_meta', 'mmengine_version')
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -77,6 +82,25 @@ def write_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
     """Write a checkpoint completely or not at all."""
     with whole_file(path) as temporary, open(temporary, 'wb') as file:
         torch.save(checkpoint, file)
+
+
+def check_out(out: str, force: bool, *read: Optional[str]) -> None:
+    """Refuse to write over a file, unless that is meant.
+
+    Args:
+        out (str): The file to write.
+        force (bool): Whether it may exist.
+        *read (str, optional): Files that are read, and never replaced.
+
+    Raises:
+        PEFTError: If it exists and should not.
+    """
+    # A file that does not exist has its own sentence, later.
+    if osp.exists(out) and (not force or any(
+            osp.exists(file) and osp.samefile(out, file)
+            for file in read if file)):
+        raise PEFTError(f'{out} exists already; choose another file, or '
+                        '--force (never a file that is read).')
 
 
 def strip_method(cfg: Config) -> Config:

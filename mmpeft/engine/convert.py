@@ -1,5 +1,4 @@
 """From a checkpoint in one library's names to one in another's."""
-import os.path as osp
 from argparse import Namespace
 
 from torch import Tensor
@@ -7,7 +6,7 @@ from torch import Tensor
 from ..errors import PEFTError
 from ..key_styles import STYLES, Report, convert
 from ..released import convert_released
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import check_out, read_checkpoint, write_checkpoint
 
 __all__ = ['convert_checkpoint']
 
@@ -18,10 +17,7 @@ def convert_checkpoint(args: Namespace) -> Report:
     Raises:
         PEFTError: If the file is not a Swin or ViT, or if the output exists.
     """
-    if osp.exists(args.out) and (not args.force or (osp.exists(
-            args.checkpoint) and osp.samefile(args.out, args.checkpoint))):
-        raise PEFTError(f'{args.out} exists already; choose another file, or '
-                        '--force (never the checkpoint itself).')
+    check_out(args.out, args.force, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     state = checkpoint['state_dict']
     # Microsoft's and Meta's files keep the tensors under 'model'.

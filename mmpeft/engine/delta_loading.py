@@ -7,7 +7,6 @@ from typing import Any, Dict, Iterable, List, Optional, Set
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ..delta import apply_delta
 from ..delta_checks import (check_base, check_methods, check_names,
                             check_tensors, source_text)
 from ..delta_file import Header, parse_header, read_delta
-from ..delta_parts import fingerprint
+from ..delta_parts import fingerprint, unwrap, write_tensors
 from ..errors import PEFTError
 
 __all__ = [
@@ -102,7 +101,7 @@ def complete(model: nn.Module,
     Raises:
         PEFTError: If it is of another method, architecture or base.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrap(model)
     about = _about(checkpoint)
     header, path = about['header'], about['path']
     state = checkpoint['state_dict']
@@ -215,9 +214,7 @@ def ensure_base(model: nn.Module,
         except PEFTError as error:
             raise PEFTError(f'{error} Give that file with --base.') from None
     except BaseException:
-        own = model.state_dict(keep_vars=True)
-        for name, value in before.items():
-            own[name].data.copy_(value)
+        write_tensors(model, before)
         raise
 
 

@@ -8,10 +8,9 @@ from ..delta import save_delta
 from ..delta_file import Header, read_delta
 from ..delta_parts import missing_in
 from ..errors import PEFTError
-from .checkpoint import load_exactly, read_checkpoint
+from .checkpoint import KEPT_META, check_out, load_exactly, read_checkpoint
 from .count import build_model, without_init
 from .delta_loading import recorded_base, sources_of
-from .hooks.peft_checkpoint_hook import KEPT_META
 from .run import read_config
 
 __all__ = ['extract_delta', 'describe_delta']
@@ -26,9 +25,7 @@ def extract_delta(args: Namespace) -> Header:
     if not args.out.endswith('.safetensors'):
         raise PEFTError(f'{args.out!r}: let the name of a delta end in '
                         '_delta.safetensors, by which mmengine knows it.')
-    if osp.exists(args.out) and not args.force:
-        raise PEFTError(f'{args.out} exists already; choose another file, or '
-                        '--force.')
+    check_out(args.out, args.force, args.checkpoint)
     cfg = read_config(args)
     if not find_peft_backbones(cfg):
         raise PEFTError(f'{args.config} attaches no method; give the config '

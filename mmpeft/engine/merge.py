@@ -1,5 +1,4 @@
 """From a checkpoint file to a merged one, and back."""
-import os.path as osp
 from argparse import Namespace
 from typing import Any, Dict, Optional
 
@@ -9,26 +8,17 @@ from mmengine.config import Config
 from torch import Tensor
 
 from ..config import find_peft_backbones
-from ..delta_parts import peft_states, unwrap
+from ..delta_parts import peft_states, unwrap, write_tensors
 from ..errors import MergeError, PEFTError
 from ..merging import merged_state_dict
 from ..version import __version__
-from .checkpoint import (is_delta, load_exactly, read_checkpoint, strip_method,
-                         write_checkpoint)
+from .checkpoint import (KEPT_META, check_out, is_delta, load_exactly,
+                         read_checkpoint, strip_method, write_checkpoint)
 from .count import build_model, without_init
 from .delta_loading import load_with_base
 from .run import read_config
 
 __all__ = ['merge_checkpoint', 'unmerge', 'unmerge_checkpoint']
-
-# Training state has no meaning for a merged model.
-KEPT_META = ('dataset_meta', 'epoch', 'iter', 'seed', 'experiment_name',
-             'time', 'mmengine_version')
-
-
-def _same(out: str, checkpoint: str) -> bool:
-    # A checkpoint that does not exist has its own sentence, later.
-    return osp.exists(checkpoint) and osp.samefile(out, checkpoint)
 
 
 def merge_checkpoint(args: Namespace) -> int:
@@ -96,9 +86,7 @@ def unmerge(model: nn.Module,
         load_with_base(model, delta, base)
         _compare(merged, merged_state_dict(model), delta)
     except BaseException:
-        own = model.state_dict(keep_vars=True)
-        for name, value in before.items():
-            own[name].data.copy_(value)
+        write_tensors(model, before)
         for state, loaded, checked in known:
             state.loaded, state.base_checked = loaded, checked
         raise
@@ -124,11 +112,8 @@ def unmerge_checkpoint(args: Namespace) -> int:
 
 
 def _config(args: Namespace) -> Config:
-    read = [getattr(args, n, None) for n in ('checkpoint', 'base', 'unmerge')]
-    if osp.exists(args.out) and (not args.force or any(
-            _same(args.out, file) for file in read if file)):
-        raise PEFTError(f'{args.out} exists already; choose another file, or '
-                        '--force (never a file that is read).')
+    check_out(args.out, args.force, args.checkpoint,
+              getattr(args, 'base', None), getattr(args, 'unmerge', None))
     cfg = read_config(args)
     if not find_peft_backbones(cfg):
         raise PEFTError(f'{args.config} attaches no method; give the config '

@@ -9,25 +9,21 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from ...delta import make_header, save_delta
 from ...delta_file import SUFFIX
-from ...delta_parts import delta_names, missing_in, peft_states
+from ...delta_parts import delta_names, missing_in, peft_states, unwrap
 from ...errors import PEFTError
 from ...registry import HOOKS
 from ...whole_file import whole_file
+from ..checkpoint import KEPT_META
 from ..delta_loading import (check_whole, complete, expect_model,
                              recorded_base, register, sources_of)
 from ..randomness import gather_randomness, restore_randomness
 
 __all__ = ['PEFTCheckpointHook']
-
-# What a delta remembers of the checkpoint it is taken from.
-KEPT_META = ('epoch', 'iter', 'seed', 'experiment_name', 'time',
-             'dataset_meta', 'mmengine_version')
 
 
 @HOOKS.register_module()
@@ -78,7 +74,7 @@ class PEFTCheckpointHook(Hook):
         register()
         expect_model(True)
         # Registering a hook below calls this one again.
-        if self._save is not None or not peft_states(_model(runner)):
+        if self._save is not None or not peft_states(unwrap(runner.model)):
             return
         self.sources = sources_of(runner.cfg)
         self._save = runner.save_checkpoint
@@ -114,7 +110,7 @@ class PEFTCheckpointHook(Hook):
         expect_model(False)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        model = _model(runner)
+        model = unwrap(runner.model)
         if not peft_states(model):
             return
         checkpoint['peft_randomness'] = self._gathered
@@ -182,7 +178,7 @@ class PEFTCheckpointHook(Hook):
             return
         path = osp.join(out_dir, osp.splitext(filename)[0] + SUFFIX)
         save_delta(
-            _model(runner),
+            unwrap(runner.model),
             path,
             sources=self.sources,
             meta=self._published['meta'],
@@ -237,12 +233,12 @@ class _LoadHook(Hook):
                     f'{checkpoint["peft_delta"]["path"]} holds no state of '
                     'the optimizer; resume from the .pth beside it, or start '
                     'from it with load_from.')
-            complete(_model(runner), checkpoint, self.owner.base)
+            complete(unwrap(runner.model), checkpoint, self.owner.base)
         elif _in_shards(runner.model):
             pass  # no shape is that of the file
         elif runner._resume or runner._train_loop is None:
             # Where training starts, another head may be meant.
-            check_whole(_model(runner), checkpoint.get('state_dict'))
+            check_whole(unwrap(runner.model), checkpoint.get('state_dict'))
         if runner._resume:
             self._randomness = checkpoint.get('peft_randomness')
             # load_from now names the checkpoint, and no longer the base.
@@ -253,11 +249,6 @@ class _LoadHook(Hook):
         if self._randomness is not None:
             restore_randomness(runner, self._randomness)
             self._randomness = None
-
-
-def _model(runner):
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
 
 
 def _in_shards(model) -> bool:

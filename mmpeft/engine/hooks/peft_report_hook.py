@@ -3,12 +3,12 @@ from typing import List, Optional
 
 import torch.nn as nn
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from ...backbones.base import find_family
 from ...config_checks import check_config
 from ...counting import count_params, part_counts
+from ...delta_parts import unwrap
 from ...errors import PEFTError
 from ...frozen_warnings import collapse_frozen_warnings
 from ...registry import HOOKS
@@ -53,7 +53,7 @@ class PEFTReportHook(Hook):
         check_config(runner.cfg)
 
     def before_train(self, runner) -> None:
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         counts = count_params(model)
         runner.logger.info('Trainable parameters\n' + _table(model, counts))
         skipped = [
@@ -137,10 +137,6 @@ class PEFTReportHook(Hook):
             handle.remove()
         self._handles = []
         self._left = None
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def _problem(what: str, names: set) -> List[str]:
