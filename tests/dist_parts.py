@@ -19,6 +19,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, DefaultScope
 
+from mmpeft.cli import leave_ranks
 from mmpeft.engine.hooks import peft_checkpoint_hook
 from mmpeft.engine.run import add_hooks, build_runner
 
@@ -168,7 +169,7 @@ def main():
             os.makedirs(work_dir, exist_ok=True)
             with open(osp.join(work_dir, 'error.txt'), 'w') as file:
                 file.write(traceback.format_exc())
-    os._exit(0)  # gloo threads of torch 2.1 may linger
+    leave_ranks()
 
 
 if __name__ == '__main__':

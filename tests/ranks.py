@@ -6,7 +6,6 @@ Writes JSON: by kind of backbone and method, the largest difference of a weight
 after two steps, relative to the largest entry of its tensor.
 """
 import json
-import os
 import os.path as osp
 import sys
 
@@ -19,6 +18,7 @@ sys.path.insert(0, osp.dirname(osp.abspath(__file__)))
 import conftest  # noqa: E402
 from kinds import KINDS  # noqa: E402
 
+from mmpeft.cli import leave_ranks  # noqa: E402
 from mmpeft.engine.listing import refusal  # noqa: E402
 
 
@@ -72,8 +72,7 @@ def main():
     if rank == 0:
         with open(sys.argv[1], 'w') as file:
             json.dump(gaps, file)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo threads of torch 2.1 may linger
+    leave_ranks()
 
 
 if __name__ == '__main__':

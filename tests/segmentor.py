@@ -142,13 +142,14 @@ def main():
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel', device_ids=None)
     runner, losses = train(cfg)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    model = getattr(runner.model, 'module', runner.model)
-    torch.save(model.state_dict(), out)
-    json.dump(
-        dict(losses=losses, mmpeft='mmpeft' in sys.modules),
-        open(out + '.json', 'w'))
+    if runner.rank == 0:
+        model = getattr(runner.model, 'module', runner.model)
+        torch.save(model.state_dict(), out)
+        with open(out + '.json', 'w') as file:
+            json.dump(
+                dict(losses=losses, mmpeft='mmpeft' in sys.modules), file)
+    from mmpeft.cli import leave_ranks
+    leave_ranks()
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ pytest.importorskip('mmseg')
 import segmentor  # noqa: E402
 from test_methods.recorded import load, tensor, value  # noqa: E402
 
+from mmpeft.cli import leave_ranks  # noqa: E402
 from mmpeft.engine.hooks import RankBudgetHook  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
 from mmpeft.methods import AdaLoRA  # noqa: E402
@@ -385,9 +386,11 @@ def main():
     runner, _ = segmentor.train(cfg)
     model = getattr(runner.model, 'module', runner.model)
     hook = next(h for h in runner.hooks if isinstance(h, RankBudgetHook))
-    json.dump(hook._kept.tolist(), open(f'{out}.{rank}.json', 'w'))
+    with open(f'{out}.{rank}.json', 'w') as file:
+        json.dump(hook._kept.tolist(), file)
     if rank == 0:
         torch.save(model.state_dict(), out)
+    leave_ranks()
 
 
 if __name__ == '__main__':
