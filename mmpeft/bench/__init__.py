@@ -1,0 +1,1 @@
+"""A benchmark of methods, from a plan; nothing in mmpeft needs this."""
