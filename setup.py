@@ -86,6 +86,7 @@ if __name__ == '__main__':
         license='Apache-2.0',
         keywords='computer vision, PEFT, adapter, LoRA, Mona, OpenMMLab',
         packages=find_packages(include=['mmpeft', 'mmpeft.*']),
+        package_data={'mmpeft.bench.published': ['*.csv']},
         python_requires='>=3.8',
         install_requires=requirements('runtime'),
         extras_require={

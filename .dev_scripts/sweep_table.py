@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from sweep_run import ALONE, CRASH, METHODS, REFUSED, STOCK_BROKEN, WORKS
 
-from benchmarks.real.markdown import table
+from mmpeft.bench.markdown import table
 
 __all__ = ['write_table']
 

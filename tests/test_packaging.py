@@ -38,6 +38,15 @@ def test_every_module_travels(wheel):
     assert not set(modules) - names
 
 
+def test_published_tables_travel(wheel):
+    files = [
+        f.relative_to(ROOT).as_posix()
+        for f in (ROOT / 'mmpeft' / 'bench').rglob('*.csv')
+    ]
+    assert len(files) > 5
+    assert not set(files) - set(wheel.namelist())
+
+
 def test_nothing_of_the_user_is_changed(wheel):
     """No hard requirement: two names of one OpenMMLab module would clash."""
     name, = (n for n in wheel.namelist() if n.endswith('/METADATA'))

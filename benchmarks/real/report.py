@@ -7,11 +7,11 @@ from statistics import mean
 from typing import Sequence
 
 from benchmarks.real.cell import ppt
-from benchmarks.real.markdown import fold, spread, table
 from benchmarks.real.pages import INTROS, reading_of
 from benchmarks.real.plan import (STRETCH, Cell, choose, reported_cells,
                                   tuning_cells, why_cells)
 from benchmarks.real.tasks import TASKS, Task
+from mmpeft.bench.markdown import fold, spread, table
 
 COMMAND = 'python benchmarks/real/run.py --data-root DIR'
 COLUMNS = {

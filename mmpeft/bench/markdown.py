@@ -1,20 +1,24 @@
 """Numbers, tables and paragraphs of a Markdown page."""
 from statistics import mean, stdev
 from textwrap import fill
+from typing import List, Sequence
+
+__all__ = ['spread', 'table', 'fold']
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """``mean ± sample standard deviation``, or the one value."""
     if not values:
         return 'not measured'
-    if len(values) == 1:
-        return f'{values[0]:.2f}'
-    return f'{mean(values):.2f} ± {stdev(values):.2f}'
+    text = f'{mean(values):.{digits}f}'
+    if len(values) > 1:
+        text += f' ± {stdev(values):.{digits}f}'
+    return text
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with the columns aligned, as mdformat does it."""
-    lines = [head, [''] * len(head), *rows]
+    lines: List[Sequence[str]] = [head, [''] * len(head), *rows]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines[1] = ['-' * width for width in widths]
     return '\n'.join(
@@ -28,10 +32,9 @@ def fold(text: str) -> str:
     """Wraps paragraphs and lists to 79 columns; the rest stays."""
     blocks = []
     for block in text.split('\n\n'):
-        if not block.startswith(('|', '#', '```')):
-            items = block.split('\n- ') if block.startswith('- ') else [block]
-            items[0] = items[0].removeprefix('- ')
+        if not block.startswith(('|', '#', '```', '![')):
             mark = '- ' if block.startswith('- ') else ''
+            items = block[len(mark):].split('\n- ') if mark else [block]
             block = '\n'.join(
                 fill(
                     ' '.join(item.split()),
