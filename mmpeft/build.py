@@ -103,20 +103,18 @@ class Build:
 
     def _add_network(self, plan: MethodPlan, backbone: nn.Module,
                      blocks: Sequence[Block]) -> None:
-        cls = plan.cls
-        reason = self.family.no_trunk(backbone)
-        if reason:
-            raise SiteError(f'{cls.__name__} runs beside the backbone and '
-                            f'joins its outputs, but {reason}.')
+        cls, outputs = plan.cls, {}
+        if cls.needs_grid and not self.family.has_grid:
+            raise SiteError(f'{cls.__name__} needs a grid of tokens; the '
+                            f'tokens of {self.family.__name__} form none.')
         chosen = plan.choose(blocks)
-        outputs = self.family.outputs(backbone)
-        # Behind the last output nothing would get a gradient.
-        last = max((b.stage for b in chosen if b.stage in outputs), default=-1)
-        if last < 0:
-            stages = sorted({b.stage for b in chosen})
-            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
-                            f'({stages}) is an output of the backbone.')
-        chosen = [b for b in chosen if b.stage <= last]
+        if cls.joins_outputs:
+            reason = self.family.no_trunk(backbone)
+            if reason:
+                raise SiteError(f'{cls.__name__} runs beside the backbone and '
+                                f'joins its outputs, but {reason}.')
+            outputs = self.family.outputs(backbone)
+            chosen = self._before_outputs(cls, chosen, outputs)
         dims = {b.stage: self.family.embed_dims(b.module) for b in chosen}
         stages = list(dims)
         gap = set(range(stages[0], stages[-1] + 1)) - set(stages)
@@ -139,6 +137,18 @@ class Build:
                 n
                 for n, _ in backbone.named_parameters() if n.startswith(roots)
             }
+
+    @staticmethod
+    def _before_outputs(cls: type, chosen: Sequence[Block],
+                        outputs: Dict) -> List[Block]:
+        """Without the blocks behind the last output, where nothing would get
+        a gradient."""
+        last = max((b.stage for b in chosen if b.stage in outputs), default=-1)
+        if last < 0:
+            stages = sorted({b.stage for b in chosen})
+            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
+                            f'({stages}) is an output of the backbone.')
+        return [b for b in chosen if b.stage <= last]
 
     def _check_tokens(self) -> None:
         """Tokens that are passed on cannot be told from others' tokens."""

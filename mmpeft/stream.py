@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Tuple, Type
 import torch.nn as nn
 from torch import Tensor
 
-from .errors import PEFTError
+from .errors import PEFTError, SiteError
 from .methods.side import SideNetwork
 from .sites import TokenLayout
 
@@ -33,10 +33,11 @@ class Stream:
         self.mergings = mergings
         # By network, the blocks it runs beside; others may have tokens.
         self.beside = {
-            name: {b.index
-                   for b in network.trunk.blocks}
+            name: [b.index for b in network.trunk.blocks]
             for name, network in networks.items()
         }
+        # Those that write go first, so that the others see what goes on.
+        self.order = sorted(networks, key=lambda n: not networks[n].writes)
         # Numbers of the first and last block here, and of the first one that
         # passes its tokens on.
         self.first: Optional[int] = None
@@ -80,11 +81,7 @@ class Stream:
             return None
         tokens = self.tokens
         if tokens is None and peft.carries and index != self.source:
-            raise PEFTError(
-                'The tokens of the block before did not reach '
-                f'{peft.place.path}: it was run by itself, as checkpointing '
-                'around a block does in backward. Set with_cp=True on the '
-                'blocks instead.')
+            raise _run_alone('The tokens', peft)
         if tokens is None:
             tokens = x.new_zeros(x.shape[0], 0, x.shape[-1])
         elif tokens.shape[-1] != x.shape[-1]:
@@ -94,35 +91,62 @@ class Stream:
 
     def leave(self, peft: nn.ModuleDict, x: Tensor, y: Tensor,
               tokens: Optional[Tensor], taps: Optional[Dict[str, Tensor]],
-              layout: TokenLayout) -> None:
-        """Take over what came out of a block."""
+              layout: TokenLayout) -> Tensor:
+        """Take over what came out of a block.
+
+        Returns:
+            Tensor: What goes on to the next block.
+
+        Raises:
+            PEFTError: If the state of a side network is gone.
+            SiteError: If one needs a grid, and the tokens form none.
+        """
         last = peft.place.index == self.last
         self.tokens = tokens if peft.carries and not last else None
         place, states = peft.place, self.states
-        x, y = x.detach(), y.detach()
-        for name, network in self.networks.items():
+        for name in self.order:
+            network = self.networks[name]
             if place.index not in self.beside[name]:
                 continue
+            if network.needs_grid and layout.hw_shape is None:
+                raise SiteError(
+                    f'{type(network).__name__} needs the whole grid of '
+                    f'tokens, but {x.shape[1]} tokens entered {place.path}, '
+                    'as with masked images or patch dropout; choose a method '
+                    'that reads single tokens.')
+            seen = (x, y) if network.writes else (x.detach(), y.detach())
             if name not in states:
-                states[name] = network.start(x, layout)
+                if place.index != self.beside[name][0]:
+                    raise _run_alone(f'The state of {name!r}', peft)
+                states[name] = network.start(seen[0], layout)
             elif place.stage != self.places[name][0]:
                 before = self.places[name][1]
                 downsample = partial(self.family.merge_map,
-                                     self.mergings[place.stage], before)
+                                     self.mergings.get(place.stage), before)
                 states[name] = network.next_stage(states[name], place.stage,
                                                   downsample, before)
-            states[name] = network.step(states[name], place, x, y, taps,
+            states[name] = network.step(states[name], place, *seen, taps,
                                         layout)
+            if network.writes:
+                y = network.write(states[name], place, y, layout)
             self.places[name] = place.stage, layout
         self.stage = place.stage
+        return y
 
     def output(self, x: Tensor, stage: int) -> Tensor:
         """The output of a stage with the side networks joined."""
         for name, (last, layout) in self.places.items():
-            if last == stage:
-                x = self.networks[name].output(self.states[name], x, stage,
-                                               layout)
+            network = self.networks[name]
+            if last == stage and network.joins_outputs:
+                x = network.output(self.states[name], x, stage, layout)
         return x
+
+
+def _run_alone(what: str, peft: nn.ModuleDict) -> PEFTError:
+    return PEFTError(
+        f'{what} of the block before did not reach {peft.place.path}: it was '
+        'run by itself, as checkpointing around a block does in backward. Set '
+        'with_cp=True on the blocks instead.')
 
 
 def begin(backbone: nn.Module, args: tuple) -> None:

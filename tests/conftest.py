@@ -48,6 +48,8 @@ METHODS = {
     'E3VA': 'E3VA:rank=2',
     'LST': 'LST:reduction=4',
     'LAST': 'LAST:rank=4',
+    'DTL': 'DTL',
+    'DTLPlus': 'DTLPlus:kernel_size=3',
 }
 
 

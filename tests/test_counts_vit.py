@@ -22,6 +22,8 @@ def closed_form(name):
         return 0
     if name == 'partial':
         return BLOCK['full'](d, 0)
+    if name in ('dtl', 'dtl_plus'):
+        return DEPTH * 2 * 2 * d + (5**2 * d if name == 'dtl_plus' else 0)
     return DEPTH * BLOCK[name](d, 0) + dict(
         # Stem with bias, class token, 14 x 14 positions and its, final norm.
         full=3 * 16**2 * d + d + d + 197 * d + 2 * d,
@@ -71,6 +73,8 @@ ROWS = [
     ('E3VA', 'e3va', 916_992, '0.917'),
     ('LST', 'lst', 2_376_300, '2.376'),
     ('LAST:rank=16', 'last', 589_824, '0.590'),
+    ('DTL:rank=2', 'dtl', 36_864, '0.037'),
+    ('DTLPlus:rank=2', 'dtl_plus', 56_064, '0.056'),
 ]
 
 

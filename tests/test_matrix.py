@@ -24,7 +24,7 @@ from mmpeft.state import attached_modules, load_whole
 # rounding only, or near; the others start somewhere else.
 EXACT = ('Full', 'Frozen', 'Partial', 'BitFit', 'LNTune', 'AdaptFormer',
          'LoRA', 'VeRA', 'IA3', 'AdaLoRA', 'FacTTT', 'FacTTK', 'Hydra',
-         'RepAdapter', 'Convpass', 'LST')
+         'RepAdapter', 'Convpass', 'LST', 'DTL', 'DTLPlus')
 ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
 # Pairs without a place; the others all work, in these tests and in those of

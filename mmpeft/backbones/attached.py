@@ -75,7 +75,7 @@ class BlockPEFT(nn.ModuleDict):
         if self.stream is not None:
             # Taken away, so that recomputing in backward records nothing.
             taps, self.tapped = self.tapped, None
-            self.stream.leave(self, x, y, tokens, taps, layout)
+            y = self.stream.leave(self, x, y, tokens, taps, layout)
         return y
 
 

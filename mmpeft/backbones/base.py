@@ -153,11 +153,12 @@ class SiteMap:
     @classmethod
     def trunk_block(cls, block: Block) -> TrunkBlock:
         """A block, as a side network sees it."""
-        raise NotImplementedError
+        raise SiteError(f'{cls.__name__} has no trunk_block, so no network '
+                        'can run beside its blocks.')
 
     @classmethod
     def no_trunk(cls, backbone: nn.Module) -> Optional[str]:
-        """Why no network can run beside this backbone; None if one can."""
+        """Why no network can join its outputs; None if one can."""
         return None
 
     @classmethod

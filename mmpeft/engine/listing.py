@@ -23,8 +23,9 @@ def refusal(method: type, family: type) -> Optional[str]:
         for site in method.sites_for():
             if site in family.refused:
                 return f'{site}: {family.refused[site]}'
-    if issubclass(method, SideNetwork) and 'stage_out' in family.refused:
-        return f'stage_out: {family.refused["stage_out"]}'
+    if issubclass(method, SideNetwork) and method.needs_grid and \
+            not family.has_grid:
+        return 'it needs a grid of tokens'
     return None
 
 
@@ -47,7 +48,10 @@ def _row(cls: type) -> Dict:
     if issubclass(cls, PEFTModule):
         sites = [*cls.sites_for(), *cls.parts]
     elif issubclass(cls, SideNetwork):
-        sites = [*cls.taps, 'stage_out']
+        sites = [
+            *cls.taps, *['block_out'] * cls.writes,
+            *['stage_out'] * cls.joins_outputs
+        ]
     if getattr(cls, 'no_merge', None) is not None:
         merges = cls.no_merge
     return dict(

@@ -8,6 +8,7 @@ from .base import PEFTModule, Selector
 from .bitfit import BitFit
 from .convpass import Convpass
 from .dora import DoRA
+from .dtl import DTL, DTLPlus
 from .e3va import E3VA
 from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
@@ -33,5 +34,5 @@ __all__ = [
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
-    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST'
+    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus'
 ]

@@ -49,8 +49,8 @@ class Trunk:
     Attributes:
         blocks (tuple[TrunkBlock]): The blocks it runs beside, in order.
         stage_dims (dict[int, int]): Width of each of their stages.
-        outputs (tuple[int]): Those of the stages that have an output; a ViT
-            has several of its one stage.
+        outputs (tuple[int]): Those of the stages that have an output that
+            the network joins; a ViT has several of its one stage.
         stem_dims (int): Width of the tokens that enter the first block.
     """
 
@@ -68,12 +68,22 @@ class SideNetwork(Method, nn.Module):
     keeps nothing for backward. Its state ``u`` (a tensor, or what else a
     subclass makes of it) travels beside the token stream.
 
+    One that :attr:`writes` changes the stream itself. It reads the stream as
+    it is: gradients pass through the blocks behind the first one it wrote to,
+    and those before keep nothing.
+
     Args:
         trunk (Trunk): What it runs beside.
     """
 
     #: Branch sites whose outputs :meth:`step` gets, before drop-path.
     taps: Tuple[str, ...] = ()
+    #: Whether it has an :meth:`output`.
+    joins_outputs: bool = True
+    #: Whether it has a :meth:`write`.
+    writes: bool = False
+    #: Whether it reads the H x W map and not only single tokens.
+    needs_grid: bool = False
     #: Whether the stock norms of the outputs train too.
     trains_out_norms: bool = False
     #: Why it cannot be folded into stock layers.
@@ -120,6 +130,18 @@ class SideNetwork(Method, nn.Module):
             downsample (Callable): The frozen patch merging of the backbone,
                 (B, N, d) -> (B, N / 4, 2 d); gradients pass through it.
             layout (TokenLayout): That of the stage before.
+        """
+        raise NotImplementedError
+
+    def write(self, u: Any, block: TrunkBlock, y: Tensor,
+              layout: TokenLayout) -> Tensor:
+        """What goes on to the next block in the place of ``y``.
+
+        Args:
+            u: State after the block.
+            block (TrunkBlock): Which one.
+            y (Tensor): (B, N, d), what left it.
+            layout (TokenLayout): How the tokens are arranged.
         """
         raise NotImplementedError
 
