@@ -35,7 +35,7 @@ class StorageRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: Dict[int, Tuple[StorageWeakRef, int, tuple]] = {}
+        self._made: Dict[int, Tuple[StorageWeakRef, tuple]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = set(map(_address, _tensors((args, kwargs or {}))))
@@ -44,18 +44,20 @@ class StorageRecorder(TorchDispatchMode):
             if _address(tensor) not in known:
                 # The weak reference keeps the address from being used again.
                 reference = StorageWeakRef(tensor.untyped_storage())
-                size = tensor.untyped_storage().nbytes()
-                self._made[reference.cdata] = (reference, size,
-                                               (str(func), tuple(out.shape)
-                                                if isinstance(out, Tensor) else
+                self._made[reference.cdata] = (reference,
+                                               (str(func),
                                                 tuple(tensor.shape)))
         return out
 
     def alive(self) -> List[Tuple[int, int, tuple]]:
         """Address, bytes, and (operation, shape) of what is alive."""
-        return [(address, size, made)
-                for address, (reference, size, made) in self._made.items()
-                if not reference.expired()]
+        found = []
+        for address, (reference, made) in self._made.items():
+            # A storage can grow and shrink after it was made.
+            storage = torch.UntypedStorage._new_with_weak_ptr(address)
+            if storage is not None:
+                found.append((address, storage.nbytes(), made))
+        return found
 
 
 def _tensors(tree: Any) -> List[Tensor]:
@@ -66,7 +68,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def kept_by_forward(model: nn.Module,
+def kept_by_forward(model: Callable,
                     *inputs: Any,
                     listing: Optional[list] = None) -> Kept:
     """Bytes of the storages made by a forward that are alive after it.
@@ -74,8 +76,8 @@ def kept_by_forward(model: nn.Module,
     Call the model once before, so that its caches do not count.
 
     Args:
-        model (nn.Module): In the mode, and with gradients enabled, as it is
-            to be measured.
+        model (nn.Module | Callable): In the mode, and with gradients enabled,
+            as it is to be measured.
         *inputs: What it is called with.
         listing (list, optional): Gets (bytes, operation, shape) of each.
 
@@ -100,33 +102,46 @@ def loss_of(output: Any) -> Tensor:
 
 
 class TrainStep:
-    """A step: forward, :func:`loss_of`, backward, AdamW.
+    """A step: forward, loss, backward, AdamW.
 
     Args:
         model (nn.Module): Put into training mode.
         *inputs: What it is called with.
         autocast (torch.dtype, optional): Precision of the forward. Defaults
             to None, that of the weights.
+        loss (Callable): The loss of what the model returns. Defaults to
+            :func:`loss_of`.
+        forward_ends (Callable): Called between forward and loss.
     """
 
     def __init__(self,
                  model: nn.Module,
                  *inputs: Any,
-                 autocast: Optional[torch.dtype] = None) -> None:
-        self.model, self.inputs, self.autocast = model.train(
-        ), inputs, autocast
-        trained = [p for p in model.parameters() if p.requires_grad]
+                 autocast: Optional[torch.dtype] = None,
+                 loss: Callable[[Any], Tensor] = loss_of,
+                 forward_ends: Callable[[], None] = lambda: None) -> None:
+        model.train()  # that of a stock Swin returns None
+        self.model, self.inputs = model, inputs
+        self.autocast, self.loss = autocast, loss
+        self.forward_ends = forward_ends
+        parameters = list(model.parameters())
+        self.device = parameters[0].device.type
+        trained = [p for p in parameters if p.requires_grad]
         # Frozen has nothing to train, and a step is its forward.
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6) \
             if trained else None
 
-    def __call__(self) -> None:
-        device = self.inputs[0].device.type
+    def forward(self) -> Any:
+        """The outputs, in the precision of the step."""
         with torch.autocast(
-                device, self.autocast, enabled=self.autocast is not None):
-            loss = loss_of(self.model(*self.inputs))
+                self.device, self.autocast, enabled=self.autocast is not None):
+            return self.model(*self.inputs)
+
+    def __call__(self) -> None:
+        output = self.forward()
+        self.forward_ends()
         if self.optimizer is not None:
-            loss.backward()
+            self.loss(output).backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
