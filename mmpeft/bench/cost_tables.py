@@ -37,9 +37,9 @@ def costs_table(task: TaskSummary) -> Optional[Table]:
     return Table(
         f'{task.name}-costs',
         'Cost, median over seeds. Step: forward, backward and update, alone '
-        'or in the run, beside other cells; latency: one image in inference; '
-        'merged: of those that merge.', ['Method', *(c[3] for c in shown)],
-        rows)
+        'or in the run, beside other cells (on a CPU: its CPU time); latency: '
+        'inference; merged: of those that merge.',
+        ['Method', *(c[3] for c in shown)], rows)
 
 
 def _moved(old: Optional[int], new: Optional[int]) -> str:

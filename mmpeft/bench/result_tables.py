@@ -6,7 +6,10 @@ from .cells_text import NOTHING, millions, percent, place, score_text, signed
 from .document import Table
 from .summary import MethodSummary, TaskSummary
 
-__all__ = ['results_table', 'differences_table', 'tuning_tables', 'gaps']
+__all__ = [
+    'results_table', 'others_table', 'differences_table', 'tuning_tables',
+    'gaps'
+]
 
 
 def _span(ends: Optional[Sequence], text: Callable[..., str]) -> str:
@@ -44,6 +47,24 @@ def results_table(task: TaskSummary) -> Table:
             'Method', 'Rank', f'{task.words}, %', *intervals, 'Trainable, M',
             'PPT, %', 'PPT rank', 'Seeds'
         ], rows)
+
+
+def others_table(task: TaskSummary) -> Optional[Table]:
+    """What else the evaluator gave."""
+    names = list(dict.fromkeys(n for m in task.measured for n in m.others))
+    if not names:
+        return None
+    rows = [
+        [m.name] + [
+            # COCO says -1 where there is no object of a size.
+            f'{m.others[n]:.4g}' if m.others.get(n, -1) >= 0 else '–'
+            for n in names
+        ] for m in task.measured
+    ]
+    return Table(
+        f'{task.name}-others',
+        'Other metrics, means over seeds, in the unit of the evaluator.',
+        ['Method', *(n.split('/')[-1] for n in names)], rows)
 
 
 def differences_table(task: TaskSummary) -> Optional[Table]:

@@ -6,8 +6,8 @@ from .compare import reference
 from .cost_tables import costs_table, head_table, head_words, published_table
 from .document import Heading, Part, Text
 from .rank_plots import ppt_bars, rank_flow
-from .result_tables import (differences_table, gaps, results_table,
-                            tuning_tables)
+from .result_tables import (differences_table, gaps, others_table,
+                            results_table, tuning_tables)
 from .scatter_plots import against_memory, against_parameters
 from .summary import TaskSummary
 
@@ -64,7 +64,10 @@ def task_parts(task: TaskSummary, figures: bool) -> List[Part]:
     """
     column = reference(task)
     sections = {
-        'Results': [results_table(task), figures and against_parameters(task)],
+        'Results': [
+            results_table(task), figures and against_parameters(task),
+            others_table(task)
+        ],
         'Against the baselines': [differences_table(task)],
         'PPT': [
             figures and ppt_bars(task),

@@ -39,6 +39,7 @@ class MethodSummary:
     ppt: Optional[float] = None
     ppt_with_head: Optional[float] = None
     costs: Dict[str, Optional[float]] = field(default_factory=dict)
+    others: Dict[str, float] = field(default_factory=dict)  # of the evaluator
     place: Optional[int] = None
     place_range: Optional[tuple] = None
     ppt_place: Optional[int] = None
@@ -125,6 +126,18 @@ def _rates(row: Row) -> Rates:
     return row.get('lr'), row.get('head_lr')
 
 
+def _other_metrics(final: Sequence[Row]) -> Dict[str, float]:
+    """Means of what every run has besides the metric, as it was given."""
+    given = [dict(r.get('metrics') or {}) for r in final]
+    found = {}
+    for key in given[0] if given else ():
+        values = [metrics.get(key) for metrics in given]
+        if key != final[0]['metric_name'] and all(
+                isinstance(v, (int, float)) for v in values):
+            found[key] = mean(values)
+    return found
+
+
 def _method(name: str, rows: Sequence[Row],
             asked: Optional['Task']) -> MethodSummary:
     done = [
@@ -150,6 +163,7 @@ def _method(name: str, rows: Sequence[Row],
     result.ppt = _mean(_ppt(r, 'ppt', False) for r in final)
     result.ppt_with_head = _mean(_ppt(r, 'ppt_with_head', True) for r in final)
     result.costs = {k: _middle(r.get(k) for r in final) for k in COSTS}
+    result.others = _other_metrics(final)
     return result
 
 

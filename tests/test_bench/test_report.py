@@ -217,6 +217,27 @@ def test_latex(written):
     assert (r'100 \% of a\_b \& $-$1 \textbf{c} \\' in render_latex([table]))
 
 
+def test_other_metrics():
+    rows = [
+        cell(
+            'LoRA',
+            50.,
+            seed,
+            metrics={
+                'mIoU': 50.,
+                'aAcc': acc,
+                'mAcc': None,
+                'text': 'a',
+                'small': -1.
+            }) for seed, acc in ((0, 80.), (1, 81.))
+    ]
+    table, = (
+        p for p in report_parts(rows, figures=False)
+        if isinstance(p, Table) and p.label == 'camvid-others')
+    assert list(table.head) == ['Method', 'aAcc', 'small']
+    assert table.rows == [['LoRA', '80.5', '–']]
+
+
 def test_same_rows_same_files(written, tmp_path):
     write_report(some_rows(), tmp_path, some_plan())
     for file in written.iterdir():
