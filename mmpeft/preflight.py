@@ -20,7 +20,7 @@ from mmengine.registry import DATASETS, METRICS, Registry
 from .errors import MissingFileError
 from .safe_pickle import check_pickle
 
-__all__ = ['check_files']
+__all__ = ['check_files', 'weights_in']
 
 # Data sets of these packages resolve paths as mmengine's BaseDataset does.
 STOCK_PACKAGES = ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
@@ -82,7 +82,7 @@ def check_files(cfg: Any, mode: Optional[str] = None) -> None:
                 _check_data(cfg[key], key, scope)
     weights = [('load_from', cfg.get('load_from'))]
     if mode == 'train':
-        weights += _weights(cfg.get('model'), 'model')
+        weights += weights_in(cfg.get('model'), 'model')
     # All local files first: a download may take minutes.
     for key, path in sorted(weights, key=lambda w: _is_remote(w[1])):
         # A DeepSpeed checkpoint is a folder.
@@ -207,11 +207,11 @@ def _is_remote(path: Any) -> bool:
     return isinstance(path, str) and '://' in path
 
 
-def _weights(cfg: Any, where: str) -> Iterator[Tuple[str, str]]:
+def weights_in(cfg: Any, where: str) -> Iterator[Tuple[str, str]]:
     """Every file of weights that building or initialising ``cfg`` reads."""
     if isinstance(cfg, (list, tuple)):
         for i, item in enumerate(cfg):
-            yield from _weights(item, f'{where}.{i}')
+            yield from weights_in(item, f'{where}.{i}')
     if not isinstance(cfg, dict):
         return
     for key, value in cfg.items():
@@ -224,7 +224,7 @@ def _weights(cfg: Any, where: str) -> Iterator[Tuple[str, str]]:
                 cfg.get('type')).endswith('Pretrained'):
             yield at, value
         else:
-            yield from _weights(value, at)
+            yield from weights_in(value, at)
 
 
 def _check_weights(key: str, path: Optional[str]) -> None:

@@ -40,9 +40,9 @@ class Places:
 
 CONFIG = """\
 _base_ = {base!r}
-# step_record.py lies in benchmarks/real; run.py puts that on PYTHONPATH.
 custom_imports = dict(
-    imports=['mmpeft', 'step_record'], allow_failed_imports=False)
+    imports=['mmpeft', 'mmpeft.bench.record_hook'],
+    allow_failed_imports=False)
 model = dict(backbone=dict(init_cfg=dict(checkpoint={checkpoint!r})))
 train_dataloader = dict(dataset=dict({train}))
 val_dataloader = dict(dataset=dict({val}))
@@ -53,7 +53,7 @@ randomness = dict(seed={seed})
 {length}
 default_hooks = dict(checkpoint=dict({keep}))
 custom_hooks = [
-    dict(type='StepRecordHook', out={out!r}, checkpoint={checkpoint!r})
+    dict(type='mmpeft.CellRecordHook', out={out!r}, checkpoint={checkpoint!r})
 ]
 """
 
@@ -200,7 +200,7 @@ def run_cell(cell: Cell, places: Places, running: dict) -> Optional[dict]:
     folder.mkdir(parents=True)
     (folder / 'cell.py').write_text(cell_config(cell, places))
     threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
-    paths = [str(ROOT), str(Path(__file__).parent)]
+    paths = [str(ROOT)]
     if os.environ.get('PYTHONPATH'):
         paths.append(os.environ['PYTHONPATH'])
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), **threads)

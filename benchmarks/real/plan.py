@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Optional
 
 from benchmarks.real.tasks import TASKS, Task
+from mmpeft.bench.climb import climb
 
 # How much longer the long runs of the examination are.
 STRETCH = 3
@@ -109,22 +110,13 @@ def walk_grid(task: Task,
     cells = tuning_cells(task, method, results, iters)
     if not cells:
         return [], []
-    low, high = (len(cells) - 1) // 2, len(cells) // 2
-    while True:
-        tried = cells[low:high + 1]
-        missing = [c for c in tried if c.name not in results]
-        if missing:
-            return missing, []
-        done = [c for c in tried if results[c.name]['status'] == 'done']
-        done.sort(key=lambda c:
-                  (-results[c.name]['tune'][task.metric], c.lr, c.head_mult))
-        best = cells.index(done[0]) if done else low
-        if best == low and low > 0:
-            low -= 1
-        elif best == high and high < len(cells) - 1:
-            high += 1
-        else:
-            return [], done
+    scores = {
+        i: results[c.name]['tune'][task.metric]
+        if results[c.name]['status'] == 'done' else None
+        for i, c in enumerate(cells) if c.name in results
+    }
+    missing, order = climb(len(cells), scores)
+    return [cells[i] for i in missing], [cells[i] for i in order]
 
 
 def choose(task: Task,

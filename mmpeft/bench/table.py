@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List
 
 from ..errors import MissingFileError, PEFTError
 
-__all__ = ['COLUMNS', 'STATES', 'write_rows', 'read_rows']
+__all__ = ['COLUMNS', 'STATES', 'write_rows', 'remove_rows', 'read_rows']
 
 # What is not measured is NULL, never 0. `cell` is the folder's name; `metric`
 # is in percent, as PPT wants it; bytes are bytes and times are seconds.
@@ -27,6 +27,7 @@ COLUMNS = dict(
     head_lr='REAL',  # where neck and head have one of their own
     status='TEXT',
     reason='TEXT',  # why it failed
+    exit_status='INTEGER',  # 2: refused
     metric_name='TEXT',
     metric='REAL',
     metrics='TEXT',  # JSON, as the library gives them
@@ -78,12 +79,26 @@ def write_rows(path: str, rows: Iterable[Dict[str, Any]]) -> None:
     try:
         with closing(_connect(path)) as connection, connection:
             connection.execute(f'CREATE TABLE IF NOT EXISTS cells ({columns})')
+            there = {
+                row['name']
+                for row in connection.execute('PRAGMA table_info(cells)')
+            }
+            for name in set(COLUMNS) - there:
+                connection.execute(
+                    f'ALTER TABLE cells ADD COLUMN {name} {COLUMNS[name]}')
             connection.executemany(
                 f'INSERT INTO cells ({", ".join(COLUMNS)}) VALUES ({marks}) '
                 f'ON CONFLICT (cell) DO UPDATE SET {updates}', values)
     except sqlite3.Error as error:
         raise PEFTError(f'{path} could not be written ({error}); what was '
                         'there before has not changed.') from error
+
+
+def remove_rows(path: str, cells: Iterable[str]) -> None:
+    """Remove the rows of cells that no plan has any more."""
+    with closing(_connect(path)) as connection, connection:
+        connection.executemany('DELETE FROM cells WHERE cell = ?',
+                               [(cell, ) for cell in cells])
 
 
 def read_rows(path: str) -> List[Dict[str, Any]]:
@@ -127,4 +142,5 @@ def _from_sql(row: Dict[str, Any]) -> Dict[str, Any]:
     for name in _JSON:
         if row.get(name) is not None:
             row[name] = json.loads(row[name])
-    return {name: row[name] for name in COLUMNS}
+    # A file of an earlier version lacks a column until it is written to.
+    return {name: row.get(name) for name in COLUMNS}

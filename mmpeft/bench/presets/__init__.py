@@ -1,0 +1,1 @@
+"""Plans that ``tools/bench.py`` knows by name."""
