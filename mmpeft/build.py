@@ -73,7 +73,12 @@ class Build:
                 self.family.site(block, name)
                 for name in cls.sites_for(**kwargs)
             ]
-            places.append((block, sites, kwargs))
+            # A block may have nothing of a method whose widths differ.
+            if sites:
+                places.append((block, sites, kwargs))
+        if not places and plan.name not in self.gridless:
+            raise PEFTError(f'{cls.__name__}: with these arguments there is '
+                            'nothing to attach to any block.')
         if not places:
             raise SiteError(
                 f'{cls.__name__} changes the grid of tokens, but in '

@@ -50,6 +50,7 @@ METHODS = {
     'LAST': 'LAST:rank=4',
     'DTL': 'DTL',
     'DTLPlus': 'DTLPlus:kernel_size=3',
+    'NOAH': 'NOAH:num_tokens=3,rank=4,dim=4',
 }
 
 

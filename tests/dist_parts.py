@@ -148,6 +148,18 @@ FEATURES = dict(
          dict(type='EMAHook', momentum=.3)]
     },
     bfloat16={'optim_wrapper.type': 'BFloat16OptimWrapper'},
+    supernet={
+        'model.backbone.method':
+        'NOAH:num_tokens=4,rank=4,dim=4,drop_rate=0',
+        'custom_hooks': [
+            dict(type='RecordHook'),
+            dict(
+                type='mmpeft.SubnetHook',
+                num_tokens=(1, 4),
+                rank=(1, 4),
+                dim=(1, 4))
+        ]
+    },
     fsdp=SHARDS,
     fsdp_delta={
         **SHARDS, 'default_hooks.peft_checkpoint':

@@ -85,6 +85,8 @@ BLOCK = dict(
     # A transformer block of width d / 8, what brings its input there, a gate.
     lst=lambda d, h: 12 * (d // 8)**2 + 13 * d // 8 + (d + 1) * d // 8 + 1,
     last=lambda d, h: 4 * 16 * d,
+    # Prompts, one A for q, k and v, an adapter.
+    noah=lambda d, h: 10 * d + 10 * (d + 3 * d) + 10 * (2 * d + 1) + d,
 )
 BLOCK['e3va'] = BLOCK['lorand']
 
@@ -157,8 +159,11 @@ ROWS = [
     ('E3VA', 'e3va', 1_201_152, 1_798_656),
     ('LST', 'lst', 2_424_168, 5_436_432),
     ('LAST:rank=16', 'last', 770_048, 1_155_072),
+    ('SCT', 'sct', 223_488, 223_488),
+    ('GPS', 'gps', 282_168, 423_252),
     ('DTL:rank=4', 'dtl', 90_112, 135_168),
     ('DTLPlus:rank=4', 'dtl_plus', 128_512, 192_768),
+    ('NOAH:num_tokens=10,rank=10,dim=10', 'noah', 854_512, 1_281_648),
 ]
 # In millions, as in the table of facts that these methods are built from.
 MILLIONS = dict(
@@ -181,8 +186,11 @@ MILLIONS = dict(
     e3va=('1.201', '1.799'),
     lst=('2.424', '5.436'),
     last=('0.770', '1.155'),
+    sct=('0.223', '0.223'),
+    gps=('0.282', '0.423'),
     dtl=('0.090', '0.135'),
     dtl_plus=('0.129', '0.193'),
+    noah=('0.855', '1.282'),
 )
 
 

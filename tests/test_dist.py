@@ -191,6 +191,20 @@ def test_averages(featured, config):
         assert gap(single['weights'], many['weights']) <= 1e-6
 
 
+def test_supernet(featured, config):
+    """The same subnet on all ranks, and gradients of zero where it has no
+    part: there is no find_unused_parameters."""
+    single = alone(config(4, **dist_parts.FEATURES['supernet']))
+    zeros = [[n for n, g in grads.items() if not g.any()]
+             for grads in single['gradients']]
+    assert any(zeros) and len(set(map(str, zeros))) > 1
+    for many in featured('supernet'):
+        assert gap(single['weights'], many['weights']) <= 1e-6
+        for a, b in zip(single['gradients'], many['gradients']):
+            assert off(a, b) <= 1e-6
+        assert many['with_state'] == many['trained']
+
+
 def test_bfloat16(one, featured, config):
     """Products are rounded to 8 bits on each rank, before the mean over
     ranks: the first gradients differ by less than one rounding, 2 ** -8, in

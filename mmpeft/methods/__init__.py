@@ -20,6 +20,7 @@ from .lora import LoRA
 from .lorand import LoRand
 from .lst import LST
 from .mona import Mona
+from .noah import NOAH
 from .partial import Partial
 from .prefix_tuning import PrefixTuning
 from .rep_adapter import RepAdapter
@@ -34,5 +35,5 @@ __all__ = [
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
-    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus'
+    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH'
 ]

@@ -2,5 +2,8 @@
 from .peft_checkpoint_hook import PEFTCheckpointHook
 from .peft_report_hook import PEFTReportHook
 from .rank_budget_hook import RankBudgetHook
+from .subnet_hook import SubnetHook
 
-__all__ = ['PEFTCheckpointHook', 'PEFTReportHook', 'RankBudgetHook']
+__all__ = [
+    'PEFTCheckpointHook', 'PEFTReportHook', 'RankBudgetHook', 'SubnetHook'
+]

@@ -1,0 +1,3 @@
+_base_ = '../_base_/upernet_swin-l_ade20k.py'
+model = dict(
+    backbone=dict(method=dict(type='NOAH', num_tokens=10, rank=10, dim=10)))

@@ -1,0 +1,2 @@
+_base_ = './upernet_vit-b_pascal-context.py'
+custom_hooks = [dict(type='mmpeft.SubnetHook')]

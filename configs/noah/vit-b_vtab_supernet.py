@@ -1,0 +1,2 @@
+_base_ = './vit-b_vtab.py'
+custom_hooks = [dict(type='mmpeft.SubnetHook')]
