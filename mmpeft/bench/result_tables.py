@@ -54,13 +54,19 @@ def others_table(task: TaskSummary) -> Optional[Table]:
     names = list(dict.fromkeys(n for m in task.measured for n in m.others))
     if not names:
         return None
-    rows = [
-        [m.name] + [
-            # COCO says -1 where there is no object of a size.
-            f'{m.others[n]:.4g}' if m.others.get(n, -1) >= 0 else '–'
-            for n in names
-        ] for m in task.measured
-    ]
+    digits = {
+        # percent, or parts of one
+        n: 2 if any(m.others.get(n, 0) > 1 for m in task.measured) else 4
+        for n in names
+    }
+    rows = []
+    for m in task.measured:
+        # COCO says -1 where there is no object of a size.
+        known = [m.others.get(n, -1) >= 0 for n in names]
+        rows.append([m.name] + [
+            f'{m.others[n]:.{digits[n]}f}' if ok else '–'
+            for n, ok in zip(names, known)
+        ])
     return Table(
         f'{task.name}-others',
         'Other metrics, means over seeds, in the unit of the evaluator.',

@@ -235,7 +235,7 @@ def test_other_metrics():
         p for p in report_parts(rows, figures=False)
         if isinstance(p, Table) and p.label == 'camvid-others')
     assert list(table.head) == ['Method', 'aAcc', 'small']
-    assert table.rows == [['LoRA', '80.5', '–']]
+    assert table.rows == [['LoRA', '80.50', '–']]
 
 
 def test_same_rows_same_files(written, tmp_path):
