@@ -76,6 +76,9 @@ def _across(tasks: Sequence[TaskSummary]) -> Table:
         row = [name]
         for task, m in zip(tasks, found):
             places = [n.place for n in task.methods]
+            if m is None and task.asked is not None:
+                row += ['–', '–']  # the plan leaves it out
+                continue
             row += [NOTHING, '–'] if m is None or not m.scores else [
                 score_text(m), place(m.place, places)
             ]

@@ -27,9 +27,16 @@ def recipe(task: TaskSummary) -> str:
     if asked.head_lrs:
         text += ('Learning rates of neck and head, chosen by Frozen for all: '
                  f'{_numbers(asked.head_lrs)}. ')
-    if asked.lrs:
-        text += ('Learning rates, the same for every method: '
-                 f'{_numbers(asked.lrs)}, chosen with seed {asked.tune_seed}.')
+    if len(asked.lrs) == 1 and not asked.head_lrs:
+        text += f'Learning rate, for every method: {_numbers(asked.lrs)}.'
+    elif asked.lrs:
+        search = dict(
+            climb='from the middle to where the best is no end of what was '
+            'tried',
+            all='all of them').get(asked.rule, asked.rule)
+        text += ('Learning rates, one grid for every method: '
+                 f'{_numbers(asked.lrs)}; tried with seed {asked.tune_seed}, '
+                 f'{search}.')
     return text.strip()
 
 

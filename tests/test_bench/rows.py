@@ -76,6 +76,7 @@ def some_plan():
         budget=SimpleNamespace(unit='iters', count=300),
         lrs=(.0001, .001, .01),
         head_lrs=(),
+        rule='climb',
         tune_seed=100)
     return SimpleNamespace(
         name='test', title='Rows of a test.', tasks=dict(camvid=task))
