@@ -14,6 +14,7 @@ from .version import __version__
 _PUBLIC = {
     'PEFTBackbone': '.injection',
     'apply': '.api',
+    'calibrate': '.calibration',
     'merge': '.merging',
     'merged_state_dict': '.merging',
     'unmerge': '.engine.merge',

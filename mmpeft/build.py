@@ -73,8 +73,9 @@ class Build:
                 self.family.site(block, name)
                 for name in cls.sites_for(**kwargs)
             ]
-            # A block may have nothing of a method whose widths differ.
-            if sites:
+            # A block may have nothing of a method whose widths differ, or that
+            # only sits outside the blocks.
+            if sites or cls.parts:
                 places.append((block, sites, kwargs))
         if not places and plan.name not in self.gridless:
             raise PEFTError(f'{cls.__name__}: with these arguments there is '

@@ -217,9 +217,9 @@ def _selected(backbone: nn.Module, plans: Sequence[MethodPlan],
     names: set = set()
     owners: Dict[str, str] = {}
     for plan in plans:
-        if not plan.is_selector:
+        selector: Optional[Selector] = plan.selector()
+        if selector is None:
             continue
-        selector: Selector = plan.construct()
         chosen = set(
             selector.select(backbone, plan.choose(blocks), plan.restricted))
         if not isinstance(selector, Full):

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 from .backbones.attached import BlockPEFT
 from .backbones.base import Block
 from .errors import PEFTError
-from .methods.base import Method, PEFTModule
+from .methods.base import Method, PEFTModule, Selector
 from .methods.side import SideNetwork
 from .registry import METHODS
 
@@ -105,6 +105,12 @@ class MethodPlan:
             return self.cls.build(place, **kwargs)
         return self.cls(place, **kwargs) if self.is_network else self.cls(
             **kwargs)
+
+    def selector(self) -> Optional[Selector]:
+        """What it trains of the stock parameters; None if nothing."""
+        if self.is_selector:
+            return self.construct()
+        return self.cls.selector(**self.kwargs) if self.is_module else None
 
     def _check_arguments(self, kwargs: dict) -> None:
         known = [

@@ -29,7 +29,7 @@ site                                    ``x`` -> ``y``
 ``attn_kv``                             stream after norm1 -> pair of extra
                                         keys and values
 ``patch_embed``, ``patch_norm``         projection and norm of the stem
-``merge_norm``                          norm of a patch merging
+``merge_norm``, ``merge_linear``        norm and linear layer of a patch merging
 ``out_norm``                            norm of an output
 ======================================  =======================================
 """
@@ -55,7 +55,8 @@ STREAM_SITES = ('attn_shortcut', 'attn_parallel', 'attn_branch', 'attn_add',
 # What joins the attention beside the tokens of the map.
 TOKEN_SITES = ('tokens', 'attn_tokens', 'attn_kv')
 # Stock submodules outside the blocks.
-PART_SITES = ('patch_embed', 'patch_norm', 'merge_norm', 'out_norm')
+PART_SITES = ('patch_embed', 'patch_norm', 'merge_norm', 'merge_linear',
+              'out_norm')
 SITES = MODULE_SITES + INPUT_SITES + STREAM_SITES + TOKEN_SITES + PART_SITES
 
 

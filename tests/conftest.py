@@ -7,6 +7,7 @@ import torch
 from kinds import KINDS, LIBRARIES
 from mmengine.registry import MODELS
 
+import mmpeft
 from mmpeft.backbones import find_family
 from mmpeft.engine.listing import refusal
 from mmpeft.registry import METHODS as METHOD_CLASSES
@@ -50,6 +51,9 @@ METHODS = {
     'LAST': 'LAST:rank=4',
     'DTL': 'DTL',
     'DTLPlus': 'DTLPlus:kernel_size=3',
+    'SCT': 'SCT:num_channels=4',
+    'SCT, MLP': 'SCT:num_channels=4,target=mlp',
+    'GPS': 'GPS:num_inputs=2',
     'NOAH': 'NOAH:num_tokens=3,rank=4,dim=4',
 }
 
@@ -94,9 +98,23 @@ def build_pair(kind, method, **kwargs):
     perturb(stock, only='')
     peft = MODELS.build(peft_cfg(kind, method, **kwargs))
     peft.load_state_dict(stock.state_dict(), strict=False)
+    calibrate(peft, (2, 3, *KINDS[kind].sizes[0]))
     for name, parameter in stock.named_parameters():
         parameter.requires_grad = peft.get_parameter(name).requires_grad
     return stock, peft
+
+
+def calibrate(backbone, shape):
+    """Let methods that need it look at images before they train."""
+    dtype = next(backbone.parameters()).dtype
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(shape, generator=generator).to(dtype)
+
+    def loss(model, batch):
+        # Not the square, whose mean is 1 behind a norm.
+        return sum((o.float()**3).mean() for o in model(batch))
+
+    return mmpeft.calibrate(backbone, [image], loss)
 
 
 def family_of(kind):

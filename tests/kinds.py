@@ -70,7 +70,8 @@ def swin(library: str, **kwargs) -> Kind:
 def vit(cfg: dict, out_norms: Tuple[str, ...] = ('ln1', ), **facts) -> Kind:
     """One stage of four blocks, with patches of 8 and a class token."""
     cfg = dict(cfg, patch_size=8, out_indices=[1, 3], drop_path_rate=.2)
-    missing = ('patch_norm', 'merge_norm') + ('out_norm', ) * (not out_norms)
+    missing = ('patch_norm', 'merge_norm',
+               'merge_linear') + ('out_norm', ) * (not out_norms)
     facts = {'grid': (8, 6), 'extra': 1, **facts}
     return Kind(
         cfg,
@@ -228,6 +229,7 @@ KINDS = {
         patch_size=7,
         grid=(15, 11),
         out_norms=('layers.0.2', 'layers.1.2'),
+        no_parts=('merge_linear', ),
         dims={
             0: 16,
             1: 32

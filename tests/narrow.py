@@ -2,7 +2,7 @@
 from mmpeft.config import find_peft_backbones
 
 # Arguments of methods that are a width of their own.
-WIDTHS = ('dim', 'rank', 'num_tokens', 'adaptformer_dim')
+WIDTHS = ('dim', 'rank', 'num_tokens', 'adaptformer_dim', 'num_channels')
 PARTS = ('neck', 'head', 'decode_head', 'auxiliary_head', 'panoptic_head')
 
 

@@ -44,6 +44,9 @@ def batch_of(model):
 def train(model, steps):
     """Losses of steps on one batch."""
     batch = batch_of(model)
+    mmpeft.calibrate(
+        model, [batch], lambda model, batch: model.parse_losses(
+            model(**batch, mode='loss'))[0])
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in own.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=1e-3, weight_decay=0)

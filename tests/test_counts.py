@@ -85,6 +85,9 @@ BLOCK = dict(
     # A transformer block of width d / 8, what brings its input there, a gate.
     lst=lambda d, h: 12 * (d // 8)**2 + 13 * d // 8 + (d + 1) * d // 8 + 1,
     last=lambda d, h: 4 * 16 * d,
+    sct=lambda d, h: 96 * 96 + 96,
+    # Of each row of the linear layers one entry and the bias; tables.
+    gps=lambda d, h: 2 * 9 * d + 169 * h,
     # Prompts, one A for q, k and v, an adapter.
     noah=lambda d, h: 10 * d + 10 * (d + 3 * d) + 10 * (2 * d + 1) + d,
 )
@@ -120,6 +123,8 @@ def closed_form(size, name, outs=(0, 1, 2, 3)):
         count += (width + 1) * sides[0]  # the stem's
         count += sum(8 * w**2 + 8 * w for w in sides[:3])  # mergings
         count += sum((sides[i] + 1) * WIDTHS[size][i] for i in outs)
+    elif name == 'gps':  # the stem, and mergings without a bias
+        count += 2 * width + sum(2 * d for d in WIDTHS[size][:3])
     elif name in ('dtl', 'dtl_plus'):  # in the last two stages
         for n, d in list(zip(DEPTHS, WIDTHS[size]))[2:]:
             count += n * 2 * 4 * d + (5**2 * d if name == 'dtl_plus' else 0)
@@ -205,6 +210,10 @@ def test_every_method(method, name, base, large, size):
     attached = name not in ('full', 'frozen', 'partial', 'bitfit', 'ln_tune')
     if name == 'e3va':
         assert norms == 2 * sum(WIDTHS[size])
+    elif name == 'gps':  # its biases
+        rows = over_blocks(size, lambda d, h: 9 * d)
+        entries = rows + WIDTHS[size][0] + 2 * sum(WIDTHS[size][:3])
+        assert norms == trainable - entries
     else:
         assert norms == (0 if attached else trainable)
     if name in MILLIONS:

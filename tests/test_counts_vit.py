@@ -34,6 +34,7 @@ def closed_form(name):
         fact_tk=2 * 32 * d + 32**3,
         ssf=2 * 2 * d,
         e3va=2 * d,
+        gps=2 * d,
         # Into the ladder, and out of it.
         lst=(d + 1) * d // 8 + (d // 8 + 1) * d,
     ).get(name, 0)

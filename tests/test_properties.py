@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import METHODS, build_pair, method_of, perturb, stock_cfg
+from conftest import METHODS, build_pair, calibrate, perturb, stock_cfg
 from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 from kinds import KINDS
@@ -19,13 +19,13 @@ import mmpeft
 from mmpeft.delta_parts import delta_names
 from mmpeft.errors import MergeError, PEFTError
 from mmpeft.merging import merged_state_dict
-from mmpeft.methods.base import PEFTModule
 from mmpeft.plan import parse_method_string
 from mmpeft.state import load_whole
 
 DRAWS = 30
 #: Arguments that may be any small number.
-SMALL = ('dim', 'rank', 'num_tokens', 'num_flows')
+SMALL = ('dim', 'rank', 'num_tokens', 'num_flows', 'num_channels',
+         'num_inputs')
 #: Backbones that take any size of image.
 ANY_SIZE = ('mmdet', 'mmseg', 'mmpretrain', 'mit')
 #: Why a model of methods that merge may be refused all the same.
@@ -71,7 +71,8 @@ class Case:
         """With methods that start from this seed, on the same base."""
         stock = self.stock()
         torch.manual_seed(seed)
-        return mmpeft.apply(stock, copy.deepcopy(self.methods))
+        model = mmpeft.apply(stock, copy.deepcopy(self.methods))
+        return calibrate(model, self.image)
 
     def __repr__(self):
         return f'Case({vars(self)})'
@@ -207,17 +208,15 @@ def check(case, folder):
 
 def check_merge(case, model, stock, image, expected):
     """Exact, or refused where it must be."""
-    classes = [method_of(m['type']) for m in case.methods]
-    merges = all(
-        getattr(c, 'no_merge', None) is None or not issubclass(c, PEFTModule)
-        for c in classes) and not model.peft._modules
+    reasons = {getattr(m, 'no_merge', None) for m in model.modules()} - {None}
+    merges = not reasons and not model.peft._modules
     try:
         merged = merged_state_dict(model)
     except MergeError as error:
         note(f'refused: {error}')
         assert not merges or any(t in str(error) for t in NO_BIAS.split('|'))
         return
-    assert all(getattr(c, 'no_merge', None) is None for c in classes)
+    assert not reasons
     load_whole(stock, merged)
     for a, b in zip(outputs(stock, image), expected):
         if case.dtype in TOLERANCE:

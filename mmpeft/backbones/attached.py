@@ -22,6 +22,8 @@ class BlockPEFT(nn.ModuleDict):
     # Where the arrangement of the tokens is written down, in families whose
     # blocks are not told.
     grid = None
+    # How the tokens of the stream are arranged, as of the last forward.
+    layout: Optional[TokenLayout] = None
     # Branch sites that side networks read, and what they found there.
     taps: Tuple[str, ...] = ()
     tapped: Optional[Dict[str, Tensor]] = None
@@ -63,7 +65,7 @@ class BlockPEFT(nn.ModuleDict):
                 block, whose modules need gradients all the same.
             *args: For ``forward``.
         """
-        tokens = None
+        tokens, self.layout = None, layout
         if self.stream is not None:
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None

@@ -119,9 +119,11 @@ class SwinSites(SiteMap):
                  ('patch_norm', 'patch_embed.norm', 0, stem.norm)]
         for stage, path in cls.merging_paths(backbone).items():
             if stage <= last:
-                norm = backbone.get_submodule(path).norm
+                merging = backbone.get_submodule(path)
                 home = int(path.split('.')[1])
-                parts.append(('merge_norm', f'{path}.norm', home, norm))
+                parts += [('merge_norm', f'{path}.norm', home, merging.norm),
+                          ('merge_linear', f'{path}.reduction', home,
+                           merging.reduction)]
         for stage, path in cls.outputs(backbone).items():
             parts.append(('out_norm', path, stage, getattr(backbone, path)))
         return parts_of(parts)

@@ -111,9 +111,10 @@ class TimmSwinSites(TimmSites):
                  ('patch_norm', f'{prefix}patch_embed.norm', 0, stem.norm)]
         for stage, merging in cls.mergings(backbone).items():
             if stage <= last:
-                path = cls.stages(backbone)[stage][0]
-                parts.append(('merge_norm', f'{path}.downsample.norm', stage,
-                              merging.norm))
+                path = f'{cls.stages(backbone)[stage][0]}.downsample'
+                parts += [('merge_norm', f'{path}.norm', stage, merging.norm),
+                          ('merge_linear', f'{path}.reduction', stage,
+                           merging.reduction)]
         for stage, path in cls.outputs(backbone).items():
             if path is not None:
                 norm = backbone.get_submodule(path)

@@ -1,16 +1,42 @@
 """State of the random numbers of a run, to go on where it stopped."""
 import random
-from typing import Any, Dict, List
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List
 
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank
 
-__all__ = ['gather_randomness', 'restore_randomness']
+__all__ = [
+    'gather_randomness', 'own_randomness', 'restore_randomness', 'seed_all'
+]
 
 
 def gather_randomness() -> List[Dict[str, Any]]:
     """The state of every rank; all ranks have to call this."""
+    return all_gather_object(_state())
+
+
+@contextmanager
+def own_randomness(seed: int = 0) -> Iterator[None]:
+    """Draw from other numbers than the run, which goes on as if nothing had
+    been drawn."""
+    state = _state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        _restore(state)
+
+
+def seed_all(seed: int) -> None:
+    """Begin the numbers of Python, numpy and torch anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _state() -> Dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = dict(
         python=random.getstate(),
@@ -19,7 +45,7 @@ def gather_randomness() -> List[Dict[str, Any]]:
         torch=torch.get_rng_state())
     if torch.cuda.is_available():
         state['cuda'] = torch.cuda.get_rng_state()
-    return all_gather_object(state)
+    return state
 
 
 def restore_randomness(runner, states: List[Dict[str, Any]]) -> None:

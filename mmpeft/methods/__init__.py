@@ -12,6 +12,7 @@ from .dtl import DTL, DTLPlus
 from .e3va import E3VA
 from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
+from .gps import GPS
 from .hydra import Hydra
 from .ia3 import IA3
 from .last import LAST
@@ -24,6 +25,7 @@ from .noah import NOAH
 from .partial import Partial
 from .prefix_tuning import PrefixTuning
 from .rep_adapter import RepAdapter
+from .sct import SCT
 from .side import SideNetwork
 from .snf import SNF
 from .ssf import SSF
@@ -35,5 +37,6 @@ __all__ = [
     'BitFit', 'LNTune', 'Adapter', 'AdaptFormer', 'LoRA', 'Mona', 'VPTDeep',
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
-    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH'
+    'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH', 'SCT',
+    'GPS'
 ]

@@ -97,6 +97,11 @@ class PEFTModule(Method, nn.Module):
         """
         return None
 
+    @classmethod
+    def selector(cls, **kwargs: Any) -> Optional['Selector']:
+        """Stock parameters that train besides, in place; None if none do."""
+        return None
+
     def bind_shared(self, owner: nn.Module) -> None:
         """Give the module what it shares with the others."""
         self._shared = (owner, )

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..registry import METHODS
-from ..sites import PART_SITES, Site, TokenLayout
+from ..sites import Site, TokenLayout
 from .base import PEFTModule
 
 __all__ = ['SSF']
@@ -35,7 +35,7 @@ class SSF(PEFTModule):
 
     key = 'ssf'
     sites = ('norm1', 'qkv', 'proj', 'norm2', 'fc1', 'fc2')
-    parts = PART_SITES
+    parts = ('patch_embed', 'patch_norm', 'merge_norm', 'out_norm')
     no_merge = None
 
     def __init__(self, site: Site) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from mmpeft.errors import PEFTError
 from mmpeft.methods import SSF
-from mmpeft.sites import PART_SITES, Site
+from mmpeft.sites import Site
 from .checks import (_check_digests, check_block, check_close, check_module,
                      replace_drop_path)
 from .recorded import digest, fill, load, tensor
@@ -112,7 +112,7 @@ def test_merge(library, size):
     backbone.eval()
     assert all(
         any(f'.ssf.{part}.' in n for n in trained(backbone))
-        for part in PART_SITES)
+        for part in SSF.parts)
     check_merge(library, backbone, size)
 
 

@@ -18,7 +18,8 @@ NARROW = dict(
     Mona='dim=8',
     LoRA='rank=8',
     DoRA='rank=8',
-    BAPAT='dim=8,adaptformer_dim=8')
+    BAPAT='dim=8,adaptformer_dim=8',
+    SCT='num_channels=8')
 
 
 def test_list():

@@ -88,7 +88,7 @@ class PEFTCheckpointHook(Hook):
                     'the next one is written; two are kept.')
 
     def before_train(self, runner) -> None:
-        if self._save is not None and _in_shards(runner.model):
+        if self._save is not None and in_shards(runner.model):
             self._no_deltas(runner)
         # After CheckpointHook has made its own.
         for hook in runner.hooks:
@@ -116,7 +116,7 @@ class PEFTCheckpointHook(Hook):
         checkpoint['peft_randomness'] = self._gathered
         if 'state_dict' not in checkpoint:  # DeepSpeed writes its own
             return
-        if _in_shards(runner.model):
+        if in_shards(runner.model):
             # The base of the delta is on no rank. FSDP marks tensors, and a
             # marked one is no plain data, which is all that we read.
             state = checkpoint['state_dict']
@@ -234,7 +234,7 @@ class _LoadHook(Hook):
                     'the optimizer; resume from the .pth beside it, or start '
                     'from it with load_from.')
             complete(unwrap(runner.model), checkpoint, self.owner.base)
-        elif _in_shards(runner.model):
+        elif in_shards(runner.model):
             pass  # no shape is that of the file
         elif runner._resume or runner._train_loop is None:
             # Where training starts, another head may be meant.
@@ -251,6 +251,6 @@ class _LoadHook(Hook):
             self._randomness = None
 
 
-def _in_shards(model) -> bool:
+def in_shards(model) -> bool:
     """Whether FSDP has flattened parameters and cut them into pieces."""
     return any(isinstance(m, FSDP) for m in model.modules())

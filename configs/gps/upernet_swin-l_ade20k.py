@@ -1,0 +1,3 @@
+_base_ = '../_base_/upernet_swin-l_ade20k.py'
+model = dict(backbone=dict(method=dict(type='GPS', num_inputs=1)))
+custom_hooks = [dict(type='mmpeft.CalibrateHook')]
