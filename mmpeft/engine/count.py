@@ -36,7 +36,8 @@ def count_config(config: str,
 
 def build_model(cfg: Config) -> torch.nn.Module:
     """Build the model of a config as the Runner does, without weights."""
-    MMLogger.get_instance('mmpeft', log_level=logging.WARNING)
+    if not MMLogger.check_instance_created('mmpeft'):
+        MMLogger.get_instance('mmpeft', log_level=logging.WARNING)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     return MODELS.build(cfg.model)
 

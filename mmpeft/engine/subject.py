@@ -1,0 +1,178 @@
+"""Models that are measured, with what they are measured on."""
+import copy
+import inspect
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from torch import Tensor
+
+from ..errors import PEFTError
+from ..registry import MODELS
+from .count import build_model
+from .generated import generate
+from .measure import TrainStep, loss_of
+from .settings import DTYPES, Settings
+
+__all__ = ['Subject', 'build_backbone', 'node_at', 'set_checkpointing']
+
+
+class Subject:
+    """A model in training mode with random weights, and generated inputs.
+
+    Args:
+        cfg (Config): Of a stock model, or a PEFT one.
+        at (str): Path of the backbone in the config.
+        settings (Settings): How it is measured.
+        base (nn.Module, optional): Of another subject of the same config. Its
+            stock weights become those of this one: where they are frozen
+            here, the same tensors.
+
+    Raises:
+        PEFTError: If images and labels cannot be made for the model.
+    """
+
+    def __init__(self,
+                 cfg: Config,
+                 at: str,
+                 settings: Settings,
+                 base: Optional[nn.Module] = None) -> None:
+        self.settings = settings
+        self.whole = not settings.backbone_only
+        torch.manual_seed(0)
+        model = build_model(cfg) if self.whole else build_backbone(cfg, at)
+        model = revert_sync_batchnorm(model)
+        self.model = model.to(settings.device, DTYPES[settings.dtype])
+        if base is not None:
+            _share(self.model, base)
+        self.inputs = self._batch(cfg) if self.whole else (torch.randn(
+            settings.batch_size,
+            3,
+            *settings.image_size,
+            device=settings.device,
+            dtype=DTYPES[settings.dtype]), )
+        #: What trains: the model, or the model and the loss in it.
+        self.trained = WithLoss(self.model) if self.whole else self.model
+        self.loss_of = (lambda loss: loss) if self.whole else loss_of
+        self.trained.train()
+
+    def _batch(self, cfg: Config) -> tuple:
+        data = generate(cfg, self.settings.batch_size,
+                        self.settings.image_size)
+        if cfg.default_scope == 'mmpretrain':
+            # As its default collation does.
+            data['inputs'] = torch.stack(data['inputs'])
+        data = self.model.data_preprocessor(data, True)
+        data['inputs'] = data['inputs'].to(DTYPES[self.settings.dtype])
+        return (data, )
+
+    def try_step(self) -> None:
+        """One forward and backward, so that what is impossible is said once
+        and early, and caches are filled.
+
+        Raises:
+            PEFTError: If the model does not run on what was generated.
+        """
+        try:
+            step = TrainStep(
+                self.trained,
+                *self.inputs,
+                autocast=self.settings.autocast,
+                loss=self.loss_of)
+            loss = self.loss_of(step.forward())
+            if loss.requires_grad:
+                loss.backward()
+            self.trained.zero_grad(set_to_none=True)
+        except PEFTError:
+            raise
+        except Exception as error:
+            height, width = self.settings.image_size
+            what = type(self.model).__name__
+            way_out = 'another --image-size'
+            if self.whole:
+                way_out += ', or --backbone-only'
+            line = ' '.join(str(error).split())[:300]
+            raise PEFTError(
+                f'A step of {what} on generated images of {height} x {width} '
+                f'failed ({type(error).__name__}: {line}); try '
+                f'{way_out}.') from error
+
+    @torch.no_grad()
+    def infer(self, model: Optional[nn.Module] = None) -> Any:
+        """Outputs for inference, without what follows the network."""
+        settings = self.settings
+        model = self.model if model is None else model
+        with torch.autocast(
+                torch.device(settings.device).type,
+                settings.autocast,
+                enabled=settings.amp is not None):
+            if self.whole:
+                return model(**self.inputs[0], mode='tensor')
+            return model(*self.inputs)
+
+    def copy(self) -> nn.Module:
+        """The model in evaluation mode, to be merged or folded."""
+        model = copy.deepcopy(self.model)
+        model.eval()
+        return model
+
+
+class WithLoss(nn.Module):
+    """A detector, segmentor or classifier that returns its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict) -> Tensor:
+        """The weighted sum of all losses."""
+        return self.model.parse_losses(self.model(**batch, mode='loss'))[0]
+
+
+def build_backbone(cfg: Config, at: str) -> nn.Module:
+    """The backbone of a config, without what is around it."""
+    scope = cfg.get('default_scope') or 'mmengine'
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(node_at(cfg, at))
+
+
+def node_at(cfg: Config, at: str) -> dict:
+    """The part of a config at a path such as ``model.backbone``."""
+    node: Any = cfg
+    for key in at.split('.'):
+        node = node[int(key) if isinstance(node, list) else key]
+    return node
+
+
+def set_checkpointing(cfg: Config, at: str) -> None:
+    """Turn on ``with_cp`` of a backbone, in place.
+
+    Raises:
+        PEFTError: If the stock class has no such argument.
+    """
+    node = node_at(cfg, at)
+    name = node.get('stock', node['type'])
+    scope = cfg.get('default_scope') or 'mmengine'
+    with DefaultScope.overwrite_default_scope(scope):
+        cls = MODELS.get(name) if isinstance(name, str) else name
+    if not any('with_cp' in inspect.signature(base.__init__).parameters
+               for base in cls.__mro__):
+        raise PEFTError(f'{cls.__name__} has no with_cp, so there is no '
+                        'checkpointing to measure; leave out --with-cp.')
+    node['with_cp'] = True
+
+
+def _share(model: nn.Module, base: nn.Module) -> None:
+    """Weights of the base: copied where they train, else the same tensors, so
+    that many models fit into memory."""
+    theirs = dict([*base.named_parameters(), *base.named_buffers()])
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in theirs:
+            continue
+        if isinstance(own, nn.Parameter) and not own.requires_grad:
+            own.data = theirs[name].data
+        else:
+            own.data.copy_(theirs[name].data)
