@@ -34,11 +34,18 @@ def publish(checkpoint: str, out: str, **meta) -> None:
         torch.save(dict(state_dict=weights, meta=meta), temporary)
 
 
-def base_run(base: Base, folder: str, launcher: Launcher) -> CellRun:
+def base_run(base: Base, folder: str, launcher: Launcher,
+             jobs: int) -> CellRun:
     """The run that makes a base, for :func:`finish`.
 
     It trains all of the stock model (``--method Full`` adds nothing to it,
     but lets it go on where it was killed).
+
+    Args:
+        base (Base): From the plan.
+        folder (str): Of the results.
+        launcher (Launcher): How it is started.
+        jobs (int): On a CPU, its threads: nothing runs beside it.
     """
     cfg = load_config(base.config)
     cfg.merge_from_dict(base.options)
@@ -52,7 +59,10 @@ def base_run(base: Base, folder: str, launcher: Launcher) -> CellRun:
         osp.join(folder, 'bases',
                  Path(base.out).stem), text,
         hashlib.sha256(text.encode()).hexdigest(), ['--method', 'Full'],
-        launcher, launcher.devices(0))
+        launcher, {
+            key: str(jobs) if key.endswith('NUM_THREADS') else value
+            for key, value in launcher.devices(0).items()
+        })
 
 
 def finish(base: Base, run: CellRun, tell: Callable[[str], None]) -> bool:

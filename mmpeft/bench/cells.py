@@ -1,12 +1,13 @@
 """Which cells a plan has, and which of them can run now."""
-import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from .climb import RULES
-from .plan import Plan, Task
+from .plan import Plan, Task, plain_name
 
-__all__ = ['Cell', 'final_cells', 'next_cells', 'chosen', 'doomed']
+__all__ = [
+    'Cell', 'chosen', 'doomed', 'final_cells', 'next_cells', 'refused_cells'
+]
 
 Row = Dict[str, Any]
 
@@ -36,7 +37,7 @@ class Cell:
     def name(self) -> str:
         """Of the folder and in the table; a final cell has it before its
         rate is known."""
-        method = re.sub(r'[^A-Za-z0-9.-]+', '-', self.method)
+        method = plain_name(self.method)
         rates = ''
         if self.phase == 'tune':
             rates = ''.join(f'_{key}{rate:g}'
@@ -75,8 +76,7 @@ def _walk(task: Task, method: str, rows: Dict[str, Row]):
         for i, c in enumerate(cells)
         if c.name in rows and rows[c.name]['status'] in ('done', 'failed')
     }
-    if any(row['exit_status'] == 2 for row in ended.values()):
-        # Refused: another rate would be, too.
+    if _refusal(ended.values()):
         return [], []
     scores = {
         i: row['metric'] if row['status'] == 'done' else None
@@ -84,6 +84,21 @@ def _walk(task: Task, method: str, rows: Dict[str, Row]):
     }
     missing, order = RULES[task.rule](len(cells), scores)
     return [cells[i] for i in missing], [cells[i] for i in order]
+
+
+def _refusal(rows: Iterable[Row]) -> Optional[str]:
+    """Why a run was refused: it would be with any other rate."""
+    return next((r['reason'] for r in rows if r.get('exit_status') == 2), None)
+
+
+def refused_cells(task: Task, method: str, rows: Dict[str, Row]):
+    """The tuning cells that share the refusal of one of them, and its
+    reason."""
+    cells = _grid(task, method, rows)
+    if len(cells) < 2:
+        return [], None
+    reason = _refusal(rows[c.name] for c in cells if c.name in rows)
+    return (cells, reason) if reason else ([], None)
 
 
 def chosen(task: Task, method: str, rows: Dict[str, Row]) -> Optional[Cell]:

@@ -3,12 +3,14 @@ import json
 import os
 import os.path as osp
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List
 
 from mmengine.config import Config
 
 from ..errors import MissingFileError
-from .plan import Task
+
+if TYPE_CHECKING:
+    from .plan import Task
 
 __all__ = ['describe', 'kind_of']
 
@@ -38,7 +40,7 @@ def kind_of(root: str) -> str:
         '--data-root.')
 
 
-def describe(task: Task, cfg: Config) -> Dict[str, Any]:
+def describe(task: 'Task', cfg: Config) -> Dict[str, Any]:
     """Options that make the config of a task read its folder.
 
     Args:

@@ -38,19 +38,21 @@ class Launcher:
         ranks (int): Processes per cell.
         srun_args (str): More arguments for srun, such as the partition.
         extra (list[str]): More arguments for ``tools/train.py``.
+        script (str, optional): Run instead of ``tools/train.py``.
     """
 
     kind: str = 'none'
     ranks: int = 1
     srun_args: str = ''
     extra: List[str] = field(default_factory=list)
+    script: Optional[str] = None
 
     def command(self, config: str, work_dir: str,
                 arguments: List[str]) -> List[str]:
         """The command that trains a config, resuming where it was."""
         script = [
-            train_script(), config, '--work-dir', work_dir, '--resume',
-            *arguments, *self.extra
+            self.script or train_script(), config, '--work-dir', work_dir,
+            '--resume', *arguments, *self.extra
         ]
         if self.kind == 'pytorch':
             return [
@@ -109,11 +111,12 @@ def start(command: List[str],
         env (dict): Added to the environment.
         lock (int, optional): A file that the run keeps open while it lives.
     """
-    library = ctypes.CDLL(None)
+    # Looked up before the fork: other threads may hold the loader's lock.
+    prctl = getattr(ctypes.CDLL(None), 'prctl', None)  # Linux has it
 
     def follow():
-        if hasattr(library, 'prctl'):  # Linux
-            library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     with open(log, 'w') as output:
         return subprocess.Popen(
@@ -123,6 +126,8 @@ def start(command: List[str],
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock, ),
+            # An interrupt from the terminal is this process' business.
+            start_new_session=True,
             preexec_fn=follow)
 
 

@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
     console = Console(stderr=True)
     if args.action in ('run', 'all'):
         run_plan(plan, folder, args, console)
-    if args.action in ('status', 'run'):
+    if args.action != 'report':
         show_status(plan, folder, args.json)
     if args.action in ('report', 'all'):
         write_report(plan, folder, console)
@@ -47,7 +47,8 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
     with locked(osp.join(folder, 'lock')), _stoppable():
         for base in plan.bases:
             if not osp.isfile(base.out):
-                finish(base, base_run(base, folder, launcher), console.print)
+                finish(base, base_run(base, folder, launcher, args.jobs),
+                       console.print)
         configs = {
             name: TaskConfigs(task, folder)
             for name, task in plan.tasks.items()
@@ -65,6 +66,10 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
         with Watch(study, console) as watch:
             study.run(args.jobs, args.budget, watch)
             watch()
+    failed = sum(r['status'] == 'failed' for r in study.rows.values())
+    if failed:
+        console.print(f'{failed} cells failed; status says why, '
+                      '--retry-failed runs them again.')
 
 
 @contextlib.contextmanager

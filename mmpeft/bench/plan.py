@@ -12,11 +12,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
 
-from ..errors import PEFTError
+from ..errors import MissingFileError, PEFTError
 from ..plan import parse_methods
 from .climb import RULES
+from .folders import kind_of
 
-__all__ = ['Base', 'Plan', 'Task', 'load_plan', 'presets']
+__all__ = ['Base', 'Plan', 'Task', 'load_plan', 'plain_name', 'presets']
 
 PRESETS = Path(__file__).parent / 'presets'
 BASELINES = ('Full', 'Frozen')
@@ -65,6 +66,7 @@ class Task:
         env (dict): Environment variables that the config reads.
         at (str, optional): Path of the backbone, where there are several.
         folder (dict): ``root`` of a folder that ``folders.py`` describes.
+            In a plan also ``kinds``: what the task is for each kind.
     """
 
     name: str
@@ -190,6 +192,8 @@ def load_plan(name: str,
 
 def _task(name: str, said: Dict[str, Any]) -> Task:
     where = f'task {name!r}'
+    if said.get('folder'):
+        said = _of_folder(said, where)
     _known(said, _TASK, where)
     for key in ('config', 'metric'):
         if not said.get(key):
@@ -229,19 +233,43 @@ def _task(name: str, said: Dict[str, Any]) -> Task:
     return Task(**values)
 
 
+def _of_folder(said: Dict[str, Any], where: str) -> Dict[str, Any]:
+    """A task with what it says about folders of this kind."""
+    folder = dict(said['folder'])
+    if not folder.get('root'):
+        raise MissingFileError(f'{where}: give a folder with --data-root.')
+    kinds = folder.pop('kinds', {})
+    kind = kind_of(folder['root'])
+    if kinds and kind not in kinds:
+        raise PEFTError(f'{where} takes folders in the layout of '
+                        f'{", ".join(kinds)}, but {folder["root"]} is one of '
+                        f'{kind}.')
+    return {**said, **kinds.get(kind, {}), 'folder': folder}
+
+
 def _methods(said: Any, where: str) -> Dict[str, str]:
     """Name -> text for ``--method``, with both baselines."""
     if not isinstance(said, dict):
         said = {text: text for text in said}
     methods = {b: b for b in BASELINES if b not in said}
     methods.update(said)
+    folders = [plain_name(name) for name in methods]
     for name, spec in methods.items():
+        if folders.count(plain_name(name)) > 1:
+            raise PEFTError(f'{where}: two methods share the folder name '
+                            f'{plain_name(name)!r}; name one of them '
+                            'otherwise.')
         if not isinstance(spec, str):
             raise PEFTError(f'{where}: method {name!r} is what --method '
                             f"takes, such as 'Mona:dim=32', not {spec!r}.")
         # Typos are found now, and not when it is their turn.
         parse_methods(spec)
     return methods
+
+
+def plain_name(method: str) -> str:
+    """A method's name as part of a folder's."""
+    return re.sub(r'[^A-Za-z0-9.-]+', '-', method)
 
 
 def _budget(said: Optional[dict], where: str) -> Optional[Budget]:
@@ -257,9 +285,9 @@ def _budget(said: Optional[dict], where: str) -> Optional[Budget]:
 
 
 def _simple(name: str, what: str) -> str:
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.-]*', name):
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]*', name):
         raise PEFTError(f'The {what} {name!r} is also the name of a folder: '
-                        'use letters, digits, "-" and ".".')
+                        'use letters, digits, "_", "-" and ".".')
     return name
 
 

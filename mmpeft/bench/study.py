@@ -6,17 +6,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, Optional
 
-import mmengine
-import torch
-
 from ..errors import PEFTError
-from ..version import __version__
 from .cell_config import TaskConfigs, config_text
 from .cell_run import CellRun, measured, tidy, utc
-from .cells import Cell, doomed, final_cells, next_cells
+from .cells import Cell, doomed, final_cells, next_cells, refused_cells
 from .launch import Launcher
 from .plan import Plan
 from .table import read_rows, remove_rows, write_rows
+from .versions import versions
 
 __all__ = ['Study', 'results_file']
 
@@ -119,20 +116,18 @@ class Study:
 
     def _fill(self) -> List[Dict[str, Any]]:
         """Rows for all that is still to come; none is ever missing."""
-        new = []
+        new: List[Dict[str, Any]] = []
         cells = next_cells(self.plan, self.rows)
         for task in self.plan.tasks.values():
             for method in task.methods:
+                refused, reason = refused_cells(task, method, self.rows)
+                new += self._failures(refused, reason, exit_status=2)
                 finals = final_cells(task, method, self.rows)
                 reason = doomed(task, method, self.rows)
                 if reason is None:
                     cells += finals
-                    continue
-                for cell in finals:
-                    row = self._row(
-                        cell, status='failed', reason=reason, ended=utc())
-                    if self.rows.get(cell.name, {}).get('status') != 'failed':
-                        new.append(row)
+                else:
+                    new += self._failures(finals, reason)
         names = {row['cell'] for row in new}
         for cell in cells:
             row = self.rows.get(cell.name)
@@ -144,6 +139,22 @@ class Study:
         for row in new:
             self.rows[row['cell']] = row
         return new
+
+    def _failures(self, cells: List[Cell], reason: str,
+                  **values) -> List[Dict[str, Any]]:
+        """Rows of cells that are not run, because of what others said."""
+        return [
+            self._row(
+                cell,
+                status='failed',
+                reason=reason,
+                digest=self._digest(cell),
+                versions=versions(),
+                ended=utc(),
+                **values) for cell in cells
+            if self.rows.get(cell.name, {}).get('status') not in ('failed',
+                                                                  'running')
+        ]
 
     def _take(self) -> Optional[Cell]:
         """Waits for a cell that can run; None when there will be none."""
@@ -262,23 +273,3 @@ class Study:
                     self._changed.notify_all()
             for future in futures:
                 future.result()
-
-
-def versions() -> Dict[str, str]:
-    """Of what a result depends on."""
-    import importlib.metadata
-    found = dict(
-        mmpeft=__version__,
-        torch=torch.__version__,
-        mmengine=mmengine.__version__)
-    for package, names in (('mmcv', ('mmcv', 'onedl-mmcv')),
-                           ('mmdet', ('mmdet', 'onedl-mmdetection')),
-                           ('mmseg', ('mmsegmentation',
-                                      'onedl-mmsegmentation')),
-                           ('mmpretrain', ('mmpretrain', 'onedl-mmpretrain'))):
-        for name in names:
-            try:
-                found[package] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found

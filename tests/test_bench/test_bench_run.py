@@ -1,0 +1,123 @@
+"""tools/bench.py trains what a plan says, also when it is killed."""
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmseg')
+
+from bench_parts import ENV, write_config, write_plan  # noqa: E402
+
+from mmpeft.bench.table import read_rows  # noqa: E402
+from mmpeft.delta_file import read_delta  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+# What is another in another run, or on another clock.
+VARY = ('started', 'ended', 'train_step_s', 'step_s', 'latency_s',
+        'latency_merged_s')
+
+
+def bench(plan, *arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, 'tools/bench.py', plan, *arguments],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
+
+
+def table(folder):
+    return {
+        r['cell']: {
+            k: v
+            for k, v in r.items() if k not in VARY
+        }
+        for r in read_rows(str(folder / 'results.sqlite'))
+    }
+
+
+def killed(plan, out, when):
+    """Start and kill it; whether it was still at it."""
+    process = bench(plan, 'run', '--work-dir', str(out))
+    when(process)
+    alive = process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+def test_a_plan_trains(tmp_path):
+    """Killed once, after the first checkpoint of Mona."""
+    plan = write_plan(
+        tmp_path,
+        methods=dict(Mona='Mona:dim=4'),
+        seeds=(0, ),
+        tuning=dict(lrs=(1e-2, )))
+    base = tmp_path / 'base.pth'
+    before = hashlib.sha256(base.read_bytes()).hexdigest()
+    whole, out = tmp_path / 'whole', tmp_path / 'out'
+    finish(bench(plan, 'run', '--work-dir', str(whole)))
+
+    def first_checkpoint(process):
+        while process.poll() is None and not list(
+                out.glob('cells/*Mona*/run/iter_2.pth')):
+            time.sleep(.02)
+
+    killed(plan, out, first_checkpoint)
+    assert 'Mona' in finish(bench(plan, 'status', '--work-dir', str(out)))
+    finish(bench(plan, 'run', '--work-dir', str(out)))
+    rows = table(out)
+    assert rows == table(whole)
+    assert {r['status'] for r in rows.values()} == {'done'}
+    row = rows['seg_Mona_final_seed0']
+    assert 0 < row['metric'] < 100 and row['metrics']['mIoU'] == row['metric']
+    assert row['backbone_trainable'] > 0 < row['head_trainable']
+    assert rows['seg_Frozen_final_seed0']['ppt'] == \
+        rows['seg_Frozen_final_seed0']['metric']
+    # Deltas only, of the base as it was.
+    work_dir = out / row['work_dir'] / 'run'
+    assert not list(out.rglob('*.pth'))
+    delta, = work_dir.glob('*_delta.safetensors')
+    assert delta.stat().st_size == row['delta_bytes']
+    assert any('.peft.' in key for key in read_delta(str(delta))[0])
+    assert hashlib.sha256(base.read_bytes()).hexdigest() == before
+    said = finish(bench(plan, 'status', '--json', '--work-dir', str(out)))
+    assert len(json.loads(said)) == 3
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """Tuning, seeds, a refused method; kills anywhere, also of runs."""
+    config = write_config(tmp_path)
+    plan = write_plan(
+        tmp_path,
+        config,
+        methods=dict(
+            Mona='Mona:dim=4', LoRA='LoRA:rank=2', Refused='LoRA:targets=[x]'))
+    whole, out = tmp_path / 'whole', tmp_path / 'out'
+    finish(bench(plan, 'run', '--work-dir', str(whole)))
+    draw, kills = random.Random(1), 0
+    while killed(plan, out, lambda p: time.sleep(draw.uniform(8, 30))):
+        kills += 1
+        assert kills < 60
+    finish(bench(plan, 'run', '--work-dir', str(out)))
+    rows = table(out)
+    assert rows == table(whole) and kills > 2
+    assert {r['status'] for r in rows.values()} == {'done', 'failed'}
+    assert all("'x'" in r['reason'] for r in rows.values()
+               if r['method'] == 'Refused')

@@ -1,0 +1,133 @@
+"""Processes of cells: how they end, and what becomes of them."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mmpeft.bench.cell_run import CellRun
+from mmpeft.bench.launch import Launcher, locked, start, train_script
+from mmpeft.errors import PEFTError
+
+# Takes the arguments of tools/train.py, and acts as the config says.
+SCRIPT = """
+import json, os, runpy, signal, sys, time
+config, _, work_dir, _, *rest = sys.argv[1:]
+os.makedirs(work_dir, exist_ok=True)
+open(work_dir + '/starts', 'a').write('x')
+starts = os.path.getsize(work_dir + '/starts')
+def record(**values):
+    json.dump(dict(values, starts=starts, rest=rest),
+              open(work_dir + '/record.json', 'w'))
+exec(open(config).read())
+"""
+
+
+def cell(tmp_path, text, digest='d'):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    return CellRun(
+        str(tmp_path / 'cell'), text, digest, ['--method', 'Mona'],
+        Launcher(script=str(script)), {})
+
+
+def kill_self(starts):
+    return (f'if starts < {starts}: os.kill(os.getpid(), signal.SIGKILL)\n'
+            'record(metric=1)')
+
+
+def test_a_run_is_recorded(tmp_path):
+    result = cell(tmp_path, 'record(metric=1)').run()
+    assert result['exit_status'] == 0
+    assert result['record'] == dict(
+        metric=1, starts=1, rest=['--method', 'Mona'])
+    # What is there is not run again, unless it was another.
+    assert cell(tmp_path, 'record(metric=2)').run() == result
+    other = cell(tmp_path, 'record(metric=2)', 'other').run()
+    assert (other['record']['metric'], other['record']['starts']) == (2, 1)
+
+
+@pytest.mark.parametrize('text, status, reason', [
+    ("print('Error: Mona needs a grid.'); sys.exit(2)", 2,
+     'Mona needs a grid.'),
+    ("raise RuntimeError('no more')", 1, 'RuntimeError: no more'),
+    ("print('bye')", 0, 'status 0: bye'),
+    (kill_self(9), -9, 'killed by signal 9, 3 times'),
+])
+def test_a_failure_has_a_reason(tmp_path, text, status, reason):
+    result = cell(tmp_path, text).run()
+    assert result['exit_status'] == status
+    assert reason in result['reason']
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    assert cell(tmp_path, kill_self(3)).run()['record']['starts'] == 3
+
+
+def test_a_stopped_run_leaves_no_result(tmp_path):
+    run = cell(tmp_path, 'time.sleep(60)')
+    threading.Timer(.5, run.stop).start()
+    began = time.monotonic()
+    assert run.run() is None
+    assert time.monotonic() - began < 20
+
+
+def test_runs_do_not_outlive_the_benchmark(tmp_path):
+    """Not even one that was killed; and nobody starts beside them."""
+    lock = tmp_path / 'lock'
+    code = ('import time\n'
+            'from mmpeft.bench.launch import locked, start\n'
+            f'with locked({str(lock)!r}) as held:\n'
+            "    run = start(['sleep', '60'], "
+            f'{str(tmp_path / "log")!r}, {{}}, held)\n'
+            '    print(run.pid, flush=True)\n'
+            '    run.wait()\n')
+    parent = subprocess.Popen([sys.executable, '-c', code],
+                              stdout=subprocess.PIPE,
+                              text=True)
+    child = int(parent.stdout.readline())
+    with pytest.raises(PEFTError, match='Another process'), locked(str(lock)):
+        pass
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    # Returns as soon as the last one that holds it is dead.
+    with locked(str(lock), wait=True):
+        state = open(f'/proc/{child}/stat').read().split()[2] \
+            if os.path.exists(f'/proc/{child}') else 'gone'
+        assert state in ('Z', 'gone')
+
+
+def test_commands():
+    script = ['c.py', '--work-dir', 'w', '--resume', '--method', 'Mona']
+    plain = Launcher().command('c.py', 'w', script[4:])
+    assert plain == [sys.executable, train_script(), *script]
+    ranks = Launcher(
+        'pytorch', 4, extra=['--amp']).command('c.py', 'w', script[4:])
+    assert ranks[1:4] == ['-m', 'torch.distributed.run', '--nproc_per_node=4']
+    assert ranks[-3:] == ['--amp', '--launcher', 'pytorch']
+    slurm = Launcher('slurm', 16, '-p gpu').command('c.py', 'w', script[4:])
+    assert slurm[:3] == ['srun', '--ntasks=16', '--ntasks-per-node=8']
+    assert slurm[4:6] == ['-p', 'gpu']
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 5)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,4,5,6,7')
+    pairs = Launcher('pytorch', 2)
+    assert [pairs.devices(i)['CUDA_VISIBLE_DEVICES']
+            for i in range(3)] == ['3,4', '5,6', '3,4']
+    with pytest.raises(PEFTError, match='only 5 GPUs'):
+        Launcher('pytorch', 8).devices(0)
+    assert json.dumps(Launcher('slurm', 8).devices(0))
+
+
+def test_start_keeps_the_output(tmp_path):
+    log = tmp_path / 'log'
+    start([sys.executable, '-c', 'import os; print(os.environ["A"])'],
+          str(log), dict(A='b')).wait()
+    assert log.read_text() == 'b\n'
