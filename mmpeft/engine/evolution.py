@@ -9,7 +9,7 @@ from .subnets import Subnet, SubnetSpace
 __all__ = ['Evolution', 'evolve']
 
 #: Draws for each subnet wanted, before less is taken.
-TRIES = 1000
+TRIES = 100
 #: The same where parents are few, as in the released code.
 CHILD_TRIES = 10
 
@@ -85,6 +85,9 @@ def evolve(space: SubnetSpace,
     rng = Random(how.seed)
     scores: Dict[Subnet, float] = {}
 
+    def fits(subnet: Subnet) -> bool:
+        return floor <= space.count(subnet) <= budget
+
     def ranked() -> List[Subnet]:
         return sorted(scores, key=lambda s: (-scores[s], space.count(s), s))
 
@@ -95,8 +98,7 @@ def evolve(space: SubnetSpace,
             if len(scores) >= goal:
                 break
             subnet = draw()
-            if subnet not in scores and \
-                    floor <= space.count(subnet) <= budget:
+            if subnet not in scores and fits(subnet):
                 scores[subnet] = score(subnet)
 
     for generation in range(how.generations):
@@ -112,6 +114,9 @@ def evolve(space: SubnetSpace,
                     rng.choice(parents), rng.choice(parents), rng),
                 how.crossovers, CHILD_TRIES)
         collect(lambda: space.sample(rng), goal - len(scores), TRIES)
+        if not scores and fits(space.smallest()):
+            # Its children are small, too.
+            collect(space.smallest, 1, 1)
         if not scores:
             raise PEFTError(
                 f'None of {how.population * TRIES:,} random subnets has '

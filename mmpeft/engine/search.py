@@ -7,11 +7,12 @@ from argparse import Namespace
 from datetime import timedelta
 from typing import Any, Callable, Dict, Optional
 
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ..config import find_peft_backbones
+from ..config import find_peft_backbones, load_config
 from ..delta_parts import unwrap
 from ..errors import PEFTError
 from ..methods.noah import NOAH
@@ -42,11 +43,9 @@ def run_search(args: Namespace) -> Dict[str, Any]:
         PEFTError: If the config or the checkpoint is not that of a supernet,
             or no subnet is within the limits.
     """
-    how = Evolution(
-        **
-        {name: getattr(args, name)
-         for name in Evolution.__dataclass_fields__})
-    cfg, hook, best_by = prepare(args)
+    names = Evolution.__dataclass_fields__
+    how = Evolution(**{name: getattr(args, name) for name in names})
+    cfg, hook = prepare(args)
     stem = osp.splitext(osp.basename(args.config))[0]
     out = args.out or osp.join(cfg.work_dir, f'{stem}_subnet.py')
     if args.out:
@@ -55,8 +54,8 @@ def run_search(args: Namespace) -> Dict[str, Any]:
     space = hook.space(unwrap(runner.model))
     record = Record(
         osp.join(cfg.work_dir, 'search.json'), cfg, args.checkpoint, space)
-    judge = Judge(runner, space, record, args.metric or best_by,
-                  args.lower_is_better, how.population * how.generations)
+    judge = Judge(runner, space, record, args.metric, args.lower_is_better,
+                  how.population * how.generations)
     try:
         ranking = evolve(space, judge, how, args.budget, args.min_params)
     except KeyboardInterrupt:
@@ -83,31 +82,12 @@ def run_search(args: Namespace) -> Dict[str, Any]:
 
 
 def prepare(args: Namespace) -> tuple:
-    """The config of a search, complete and checked, the hook that says what
-    there is to search, and the metric by which training keeps the best."""
+    """The config of a search, complete and checked, and the hook that says
+    what there is to search."""
     args.method = args.at = None
     cfg = read_config(args)
+    hook = _check_supernet(cfg, args)
     cfg.launcher = args.launcher
-    plans = [
-        plan for node in find_peft_backbones(cfg).values()
-        for plan in parse_methods(node['method']) if plan.cls is NOAH
-    ]
-    hooks = [
-        h for h in cfg.get('custom_hooks') or () if is_hook(h, 'SubnetHook')
-    ]
-    if len(plans) != 1 or len(hooks) != 1:
-        raise PEFTError(
-            f'{args.config} is not the config of a supernet: it has '
-            f'{len(plans)} NOAH and {len(hooks)} SubnetHook, and needs one '
-            'of each, as configs/noah/*_supernet.py do.')
-    hook = SubnetHook(**{k: v for k, v in hooks[0].items() if k != 'type'})
-    missing = [
-        k for k in ('val_dataloader', 'val_cfg', 'val_evaluator')
-        if cfg.get(k) is None
-    ]
-    if missing:
-        raise PEFTError(f'{args.config} has no {", ".join(missing)}; subnets '
-                        'are compared by validating them.')
     if args.work_dir is None:
         stem = osp.splitext(osp.basename(args.config))[0]
         args.work_dir = osp.join('work_dirs', f'{stem}_search')
@@ -122,15 +102,54 @@ def prepare(args: Namespace) -> tuple:
             cfg[f'{key}_{part}'] = None
     cfg.optim_wrapper = cfg.param_scheduler = None
     cfg.custom_hooks = [
-        h for h in cfg.get('custom_hooks') or ()
+        h for h in cfg.custom_hooks
         if not any(is_hook(h, name) for name in ACTING)
     ]
-    best_by = (cfg.default_hooks.get('checkpoint') or {}).get('save_best')
+    saving = cfg.default_hooks.get('checkpoint') or {}
+    best = saving.get('save_best')
+    if args.metric is None and isinstance(best, str) and best != 'auto':
+        args.metric = best
+        args.lower_is_better |= saving.get('rule') == 'less'
     cfg.default_hooks = {**cfg.default_hooks, 'checkpoint': None}
     set_default_collate(cfg, args)
     check_files(cfg)
-    return cfg, hook, None if best_by == 'auto' or not isinstance(
-        best_by, str) else best_by
+    return cfg, hook
+
+
+def _check_supernet(cfg: Config, args: Namespace) -> SubnetHook:
+    """Refuse a config that there is nothing to search in."""
+    plans = [
+        plan for method in _methods(cfg).values()
+        for plan in parse_methods(method) if plan.cls is NOAH
+    ]
+    hooks = [
+        h for h in cfg.get('custom_hooks') or () if is_hook(h, 'SubnetHook')
+    ]
+    if len(plans) != 1 or len(hooks) != 1:
+        raise PEFTError(
+            f'{args.config} is not the config of a supernet: it has '
+            f'{len(plans)} NOAH and {len(hooks)} SubnetHook, and needs one '
+            'of each, as configs/noah/*_supernet.py do.')
+    if _methods(load_config(args.config)) != _methods(cfg):
+        raise PEFTError('--cfg-options changes the method, but what is found '
+                        f'inherits {args.config}; change it there.')
+    missing = [
+        k for k in ('val_dataloader', 'val_cfg', 'val_evaluator')
+        if cfg.get(k) is None
+    ]
+    if missing:
+        raise PEFTError(f'{args.config} has no {", ".join(missing)}; subnets '
+                        'are compared by validating them.')
+    known = {
+        k: v
+        for k, v in hooks[0].items() if k not in ('type', 'priority')
+    }
+    return SubnetHook(**known)
+
+
+def _methods(cfg: Config) -> dict:
+    """The methods of a config, by the path of the backbone."""
+    return {p: n['method'] for p, n in find_peft_backbones(cfg).items()}
 
 
 class Judge:

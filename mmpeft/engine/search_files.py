@@ -47,7 +47,7 @@ class Record:
         self.path = path
         self.about = dict(
             version=VERSION,
-            model=_hash_of([
+            config=_hash_of([
                 cfg.get(k) for k in ('model', 'val_dataloader', 'val_cfg',
                                      'val_evaluator')
             ]),
@@ -62,9 +62,7 @@ class Record:
         if isinstance(read[0], str):
             raise PEFTError(read[0])
         for row in read[0]:
-            self._put(
-                tuple(tuple(part) for part in row['subnet']), row['params'],
-                row['metrics'])
+            self._put(*row)
 
     def _read(self) -> Any:
         """The rows of the file, or what is wrong with it."""
@@ -74,7 +72,9 @@ class Record:
         try:
             with open(self.path) as file:
                 content = json.load(file)
-            about, rows = content['about'], content['subnets']
+            about = dict(content['about'])
+            rows = [(tuple(map(tuple, row['subnet'])), row['params'],
+                     dict(row['metrics'])) for row in content['subnets']]
         except (ValueError, TypeError, KeyError):
             return f'{self.path} is no record of a search; {way_out}'
         other = [k for k in self.about if about.get(k) != self.about[k]]

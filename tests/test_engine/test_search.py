@@ -38,7 +38,7 @@ HOOK = dict(
     num_tokens=(1, 2, 4),
     rank=(1, 2, 4),
     dim=(1, 2, 4))
-SIZES = dict(population=5, generations=3, select=3, mutations=2, crossovers=2)
+SIZES = dict(population=4, generations=3, select=3, mutations=2, crossovers=1)
 BUDGET = 1200
 
 
@@ -153,12 +153,12 @@ def test_search(trained, found):
     """Within the limits, each subnet once, the best first."""
     result, record = found
     rows = record['subnets']
-    assert result['evaluated'] == len(rows) == 15
-    assert len({str(r['subnet']) for r in rows}) == 15
+    assert result['evaluated'] == len(rows) == 12
+    assert len({str(r['subnet']) for r in rows}) == 12
     assert all(0 < r['params'] <= BUDGET for r in rows)
     best = max(r['metrics']['mIoU'] for r in rows)
     assert result['metric'] == 'mIoU' and result['value'] == best
-    assert len({r['metrics']['mIoU'] for r in rows}) > 5
+    assert len({r['metrics']['mIoU'] for r in rows}) > 4
     files = os.listdir(trained / 'found')
     assert not [f for f in files if f.endswith(('.pth', '.tmp'))]
 
@@ -267,7 +267,7 @@ def test_interrupted_search_goes_on(trained, found, tmp_path, monkeypatch,
         search.Judge, '_measure', lambda self, subnet:
         (calls.append(subnet), measure(self, subnet))[1])
     result = search.run_search(copy.copy(args))
-    assert len(calls) == len(set(calls)) == 15
+    assert len(calls) == len(set(calls)) == 12
     assert dict(result, config=0) == dict(found[0], config=0)
     with open(tmp_path / 'search.json') as file:
         assert json.load(file) == found[1]
@@ -275,7 +275,7 @@ def test_interrupted_search_goes_on(trained, found, tmp_path, monkeypatch,
     calls.clear()
     assert search.run_search(copy.copy(args)) == result and not calls
     search.run_search(Namespace(**{**vars(args), 'generations': 4}))
-    assert len(calls) == 5
+    assert len(calls) == 4
 
 
 def command(folder, work_dir, *args):
@@ -315,7 +315,7 @@ def test_killed_command(trained, found, tmp_path):
             time.sleep(.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert wanted <= rows_in(path) < 15
+        assert wanted <= rows_in(path) < 12
     done = subprocess.run([*run, '--json'],
                           env=environment(),
                           capture_output=True,
@@ -373,7 +373,7 @@ def test_other_metric(trained, found, tmp_path):
                 metric='aAcc',
                 lower_is_better=lower,
                 generations=1))
-        values = [r['metrics']['aAcc'] for r in found[1]['subnets'][:5]]
+        values = [r['metrics']['aAcc'] for r in found[1]['subnets'][:4]]
         assert result['value'] == (min if lower else max)(values)
 
 
@@ -381,7 +381,7 @@ def test_other_metric(trained, found, tmp_path):
     (dict(budget=10), 'No subnet has at most 10 parameters: the smallest has'),
     (dict(min_params=10**6), 'No subnet has 1,000,000 to 1,200 parameters'),
     (dict(metric='AP'), "no number 'AP'; it gives aAcc, mIoU, mAcc"),
-    (dict(population=3), 'mutations=2 and crossovers=2 are more than'),
+    (dict(population=2), 'mutations=2 and crossovers=1 are more than'),
     (dict(width_prob=2.), 'width_prob=2.0 is no probability'),
     (dict(select=0), 'select=0 must be at least 1'),
     (dict(checkpoint='none.pth'), "There is no checkpoint 'none.pth'"),
@@ -389,6 +389,8 @@ def test_other_metric(trained, found, tmp_path):
     (dict(cfg_options=['val_evaluator=None']), 'has no val_evaluator'),
     (dict(cfg_options=['model.backbone.method=LoRA']),
      '0 NOAH and 1 SubnetHook'),
+    (dict(cfg_options=['model.backbone.method=NOAH']),
+     'changes the method, but what is found'),
 ])
 def test_refused(trained, tmp_path, kwargs, said):
     with pytest.raises(PEFTError, match=said):
@@ -408,7 +410,7 @@ def test_refuses_what_is_no_supernet(trained, tmp_path):
             arguments(trained, checkpoint=str(trained / 'base.pth'), **args))
     for content, said in (('{', 'is no record of a search'),
                           ('{"about": {}, "subnets": []}',
-                           'with another version and model and checkpoint')):
+                           'with another version and config and checkpoint')):
         (tmp_path / 'search.json').write_text(content)
         with pytest.raises(PEFTError, match=said):
             search.run_search(arguments(trained, **args))
@@ -467,7 +469,7 @@ def test_evolution(seed):
     assert evolve(Space(), score, how, 16, 4) == ranking
     assert seen == before * 2
     # More than there are: 64 less the one without anything.
-    how = Evolution(population=80, generations=2, seed=seed)
+    how = Evolution(population=80, generations=1, seed=seed)
     assert len(evolve(Space(), lambda s: 0., how, 30)) == 63
     ranking = evolve(Space(), lambda s: 0., how, 30)
     assert ranking[0] == (0, 0, 0, 1, 0, 0)  # of equals, the smallest
