@@ -14,18 +14,18 @@ from typing import Dict, Iterator, List, Optional
 
 from ..errors import MissingFileError, PEFTError
 
-__all__ = ['Launcher', 'locked', 'start', 'train_script']
+__all__ = ['Launcher', 'locked', 'start', 'tool']
 
 _PR_SET_PDEATHSIG = 1
 
 
-def train_script() -> str:
-    """``tools/train.py`` of a checkout or a wheel."""
+def tool(name: str) -> str:
+    """A script of ``tools``, in a checkout or a wheel."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / 'tools', package / '.mim' / 'tools'):
-        if (folder / 'train.py').is_file():
-            return str(folder / 'train.py')
-    raise MissingFileError('tools/train.py is neither beside the package nor '
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise MissingFileError(f'tools/{name} is neither beside the package nor '
                            'in it.')
 
 
@@ -51,7 +51,7 @@ class Launcher:
                 arguments: List[str]) -> List[str]:
         """The command that trains a config, resuming where it was."""
         script = [
-            self.script or train_script(), config, '--work-dir', work_dir,
+            self.script or tool('train.py'), config, '--work-dir', work_dir,
             '--resume', *arguments, *self.extra
         ]
         if self.kind == 'pytorch':
@@ -102,7 +102,8 @@ def _free_port() -> int:
 def start(command: List[str],
           log: str,
           env: Dict[str, str],
-          lock: Optional[int] = None) -> subprocess.Popen:
+          lock: Optional[int] = None,
+          out: Optional[str] = None) -> subprocess.Popen:
     """Start a run that ends when the thread that started it does.
 
     Args:
@@ -110,6 +111,7 @@ def start(command: List[str],
         log (str): Gets its output.
         env (dict): Added to the environment.
         lock (int, optional): A file that the run keeps open while it lives.
+        out (str, optional): Gets its standard output alone.
     """
     # Looked up before the fork: other threads may hold the loader's lock.
     prctl = getattr(ctypes.CDLL(None), 'prctl', None)  # Linux has it
@@ -118,12 +120,12 @@ def start(command: List[str],
         if prctl is not None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    with open(log, 'w') as output:
+    with open(log, 'w') as said, open(out or log, 'a') as output:
         return subprocess.Popen(
             command,
             env=dict(os.environ, **env),
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=said if out else subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             pass_fds=() if lock is None else (lock, ),
             # An interrupt from the terminal is this process' business.

@@ -14,6 +14,7 @@ from ..engine.run import parse_options
 from ..errors import PEFTError
 from .base_weights import base_run, finish
 from .cell_config import TaskConfigs
+from .costs import measure_costs
 from .launch import Launcher, locked
 from .plan import Plan, load_plan
 from .progress import Watch, status_table
@@ -66,6 +67,15 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
         with Watch(study, console) as watch:
             study.run(args.jobs, args.budget, watch)
             watch()
+        for name, task in plan.tasks.items():
+            cells = [
+                r for r in study.rows.values()
+                if (r['task'], r['phase'], r['status']) == (name, 'final',
+                                                            'done')
+            ]
+            if task.costs and cells and args.budget is None:
+                study.add_costs(
+                    name, measure_costs(task, cells, folder, console.print))
     failed = sum(r['status'] == 'failed' for r in study.rows.values())
     if failed:
         console.print(f'{failed} cells failed; status says why, '

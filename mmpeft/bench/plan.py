@@ -67,6 +67,8 @@ class Task:
         at (str, optional): Path of the backbone, where there are several.
         folder (dict): ``root`` of a folder that ``folders.py`` describes.
             In a plan also ``kinds``: what the task is for each kind.
+        costs (dict): ``image_size``, ``batch_size`` and ``repeats`` of
+            tools/benchmark.py; empty: costs are not measured.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Task:
     env: Dict[str, str] = field(default_factory=dict)
     at: Optional[str] = None
     folder: Dict[str, Any] = field(default_factory=dict)
+    costs: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,12 @@ class Plan:
 
 
 #: What a task may say for itself, and the plan for all tasks.
-_COMMON = ('methods', 'seeds', 'tuning', 'budget', 'checkpoint_interval')
+_COMMON = ('methods', 'seeds', 'tuning', 'budget', 'checkpoint_interval',
+           'costs')
 _PLAN = ('name', 'title', 'tasks', 'bases', 'keep', *_COMMON)
 _TASK = ('config', 'metric', 'metric_scale', 'options', 'tune', 'final',
          'holdout', 'env', 'at', 'folder', *_COMMON)
+_COSTS = ('image_size', 'batch_size', 'repeats', 'backbone_only')
 _TUNING = ('lrs', 'head_lrs', 'seed', 'rule', 'budget')
 
 
@@ -229,7 +234,11 @@ def _task(name: str, said: Dict[str, Any]) -> Task:
         rule=rule,
         budget=_budget(said.get('budget'), where),
         tune_budget=_budget(tuning.get('budget') or said.get('budget'), where),
-        checkpoint_interval=said.get('checkpoint_interval'))
+        checkpoint_interval=said.get('checkpoint_interval'),
+        costs=dict(said.get('costs') or {}))
+    _known(values['costs'], _COSTS, f'costs of {where}')
+    if values['costs'] and 'image_size' not in values['costs']:
+        raise PEFTError(f'{where}: costs need image_size=(height, width).')
     return Task(**values)
 
 

@@ -238,6 +238,21 @@ class Study:
             values.update(status='failed', reason=str(error))
         return self._row(cell, **values)
 
+    def add_costs(self, task: str, costs: Dict[str, Dict[str, Any]]) -> None:
+        """Fill the columns of what :mod:`costs` measured.
+
+        Args:
+            task (str): Name of the task.
+            costs (dict[str, dict]): Name of a method -> its columns.
+        """
+        changed = []
+        for row in self.rows.values():
+            if (row['task'], row['phase'], row['status']) == (task, 'final',
+                                                              'done'):
+                row.update(costs.get(row['method'], {}))
+                changed.append(row)
+        write_rows(self.file, changed)
+
     def stop(self) -> None:
         """End what runs and start nothing more."""
         self._stopped = True

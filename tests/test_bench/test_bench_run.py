@@ -108,7 +108,8 @@ def test_killed_at_random_moments(tmp_path):
         tmp_path,
         config,
         methods=dict(
-            Mona='Mona:dim=4', LoRA='LoRA:rank=2', Refused='LoRA:targets=[x]'))
+            Mona='Mona:dim=4', LoRA='LoRA:rank=2', Refused='LoRA:targets=[x]'),
+        costs=dict(image_size=(36, 44), batch_size=2, repeats=1))
     whole, out = tmp_path / 'whole', tmp_path / 'out'
     finish(bench(plan, 'run', '--work-dir', str(whole)))
     draw, kills = random.Random(1), 0
@@ -119,5 +120,16 @@ def test_killed_at_random_moments(tmp_path):
     rows = table(out)
     assert rows == table(whole) and kills > 2
     assert {r['status'] for r in rows.values()} == {'done', 'failed'}
-    assert all("'x'" in r['reason'] for r in rows.values()
-               if r['method'] == 'Refused')
+    rows = {
+        r['method']: r
+        for r in read_rows(str(out / 'results.sqlite'))
+        if r['phase'] == 'final' and r['status'] == 'done'
+    }
+    assert all(r['step_s'] > 0 and r['latency_s'] > 0 and r['saved_bytes'] > 0
+               for r in rows.values())
+    assert rows['LoRA']['latency_merged_s'] > 0
+    assert rows['Mona']['latency_merged_s'] is None
+    refused = [r for r in table(out).values() if r['method'] == 'Refused']
+    # Two rates and two seeds.
+    assert len(refused) == 4
+    assert all("'x'" in r['reason'] for r in refused)

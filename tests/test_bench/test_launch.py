@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mmpeft.bench.cell_run import CellRun
-from mmpeft.bench.launch import Launcher, locked, start, train_script
+from mmpeft.bench.launch import Launcher, locked, start, tool
 from mmpeft.errors import PEFTError
 
 # Takes the arguments of tools/train.py, and acts as the config says.
@@ -104,7 +104,7 @@ def test_runs_do_not_outlive_the_benchmark(tmp_path):
 def test_commands():
     script = ['c.py', '--work-dir', 'w', '--resume', '--method', 'Mona']
     plain = Launcher().command('c.py', 'w', script[4:])
-    assert plain == [sys.executable, train_script(), *script]
+    assert plain == [sys.executable, tool('train.py'), *script]
     ranks = Launcher(
         'pytorch', 4, extra=['--amp']).command('c.py', 'w', script[4:])
     assert ranks[1:4] == ['-m', 'torch.distributed.run', '--nproc_per_node=4']

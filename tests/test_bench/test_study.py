@@ -170,6 +170,18 @@ def test_failed_cells_are_run_again_if_asked(plan, tmp_path):
                if r['phase'] == 'final')
 
 
+def test_costs_belong_to_final_cells(plan, tmp_path):
+    study = open_study(plan, tmp_path)
+    study.run(jobs=2)
+    study.add_costs('seg', dict(Mona=dict(step_s=.5, latency_merged_s=None)))
+    for row in table(tmp_path).values():
+        own = (row['method'], row['phase']) == ('Mona', 'final')
+        assert row['step_s'] == (.5 if own else None)
+    # They stay.
+    open_study(plan, tmp_path).run(jobs=2)
+    assert table(tmp_path)['seg_Mona_final_seed1']['step_s'] == .5
+
+
 def test_no_cell_starts_after_the_budget(plan, tmp_path):
     study = open_study(plan, tmp_path)
     study.run(jobs=2, budget=0.)

@@ -7,6 +7,7 @@ title = 'Classification: VTAB-1k, 19 tasks'
 
 _root = '{{$MMPEFT_DATA_ROOT:data/vtab-1k}}'
 seeds = (0, 1, 2)
+costs = dict(image_size=(224, 224), batch_size=64)
 tuning = dict(lrs=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
 methods = {
     'Full': 'Full',

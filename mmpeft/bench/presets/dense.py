@@ -6,6 +6,8 @@
 title = 'Dense prediction: COCO, ADE20K, Pascal VOC'
 
 seeds = (0, 1, 2)
+# Of tools/benchmark.py, the same for all tasks.
+costs = dict(image_size=(512, 512), batch_size=2)
 _lrs = (3e-5, 1e-4, 3e-4, 1e-3)
 methods = {
     'Full': 'Full',

@@ -16,6 +16,7 @@ bases = [
         options=dict(randomness=dict(seed=0)))
 ]
 
+costs = dict(image_size=(128, 128), batch_size=4)
 tasks = dict(
     segmentation=dict(
         config='mmpeft::_base_/upernet_swin-nano_shapes.py',

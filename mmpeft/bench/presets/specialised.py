@@ -6,6 +6,7 @@
 title = 'Specialised data'
 
 seeds = (0, 1, 2)
+costs = dict(image_size=(512, 512), batch_size=2)
 methods = {
     'Full': 'Full',
     'Frozen': 'Frozen',
