@@ -193,6 +193,11 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
             module.peft.place = family.trunk_block(block)
             module.peft.taps = build.taps.get(block.path, ())
             stream.enter(module.peft)
+    if state.memory != 'stock':
+        for _, block in family.blocks(backbone):
+            family.swap(block.module)
+            block.module.peft.memory = state.memory
+            family.save_memory(block.module)
     stages = {s for n in build.networks.values() for s in n.trunk.outputs}
     if stages:
         state._handles += family.join_outputs(backbone, stream, stages)

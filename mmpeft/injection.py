@@ -12,11 +12,13 @@ from .frozen_warnings import collapse_frozen_warnings
 from .methods.base import Selector
 from .methods.full import Full
 from .plan import MethodPlan, parse_methods
+from .recompute import MEMORY
 from .registry import MODELS
 from .state import PEFTState, guard
 
 __all__ = ['PEFTBackbone', 'Prepared', 'eject', 'inject', 'prepare']
 
+DEFAULT_MEMORY = 'stock'
 MethodCfg = Union[dict, str, Sequence[Union[dict, str]]]
 
 
@@ -26,6 +28,7 @@ def PEFTBackbone(stock: Union[str, type, None] = None,
                  freeze: Sequence[str] = (),
                  allow_random_base: bool = False,
                  eval_frozen: bool = False,
+                 memory: str = DEFAULT_MEMORY,
                  **kwargs: Any) -> nn.Module:
     """Build a stock backbone and make it parameter-efficient.
 
@@ -49,6 +52,11 @@ def PEFTBackbone(stock: Union[str, type, None] = None,
             loaded. Defaults to False: the first training forward refuses.
         eval_frozen (bool): Keep the frozen stock modules in evaluation mode,
             which turns drop-path off. Defaults to False, the released recipe.
+        memory (str): What blocks keep for backward; results agree up to
+            rounding. ``'stock'``: what stock code keeps. ``'fast'``: norms,
+            softmax and activations are computed again where that is cheap, no
+            GEMM of the base is. ``'lean'``: the first GEMM of each MLP, too.
+            Defaults to 'fast'.
         **kwargs: Arguments of the stock backbone.
 
     Returns:
@@ -88,19 +96,22 @@ def PEFTBackbone(stock: Union[str, type, None] = None,
         method,
         freeze=freeze,
         allow_random_base=allow_random_base or loaded,
-        eval_frozen=eval_frozen)
+        eval_frozen=eval_frozen,
+        memory=memory)
 
 
 def inject(backbone: nn.Module,
            method: MethodCfg,
            freeze: Sequence[str] = (),
            allow_random_base: bool = False,
-           eval_frozen: bool = False) -> nn.Module:
+           eval_frozen: bool = False,
+           memory: str = DEFAULT_MEMORY) -> nn.Module:
     """Freeze a built stock backbone and attach methods to it, in place.
 
     Arguments and errors are those of :func:`PEFTBackbone`.
     """
-    prepared = prepare(backbone, method, allow_random_base, eval_frozen)
+    prepared = prepare(backbone, method, allow_random_base, eval_frozen,
+                       memory)
     frozen = _expand(backbone, freeze)
     alone = prepared.build.family.left_alone(backbone)
     for name, parameter in backbone.named_parameters():
@@ -131,13 +142,20 @@ class Prepared(NamedTuple):
 def prepare(backbone: nn.Module,
             method: MethodCfg,
             allow_random_base: bool = False,
-            eval_frozen: bool = False) -> Prepared:
+            eval_frozen: bool = False,
+            memory: str = DEFAULT_MEMORY) -> Prepared:
     """Build methods for a backbone, which is only read.
 
     Arguments and errors are those of :func:`PEFTBackbone`.
     """
+    if memory not in MEMORY:
+        raise PEFTError(f'memory={memory!r} is not one of '
+                        f'{", ".join(map(repr, MEMORY))}.')
     blocks = _blocks_of(backbone)
     plans = parse_methods(method)
+    if all(p.cls is Full for p in plans):
+        # What full fine-tuning costs is what others are compared with.
+        memory = 'stock'
     if isinstance(getattr(backbone, 'peft', None), PEFTState):
         raise PEFTError('This backbone has methods attached already; give '
                         'all of them as one list.')
@@ -152,7 +170,8 @@ def prepare(backbone: nn.Module,
         allow_random_base=allow_random_base,
         eval_frozen=eval_frozen,
         gridless=build.gridless,
-        stream=build.stream)
+        stream=build.stream,
+        memory=memory)
     return Prepared(build, state, trained)
 
 

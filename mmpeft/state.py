@@ -29,6 +29,7 @@ class PEFTState(nn.Module):
         gridless (dict[str, list[str]]): By the name of a method that needs
             the grid, blocks left out because no output depends on theirs.
         stream (Stream, optional): What travels beside the tokens.
+        memory (str): What blocks keep for backward.
     """
 
     def __init__(self,
@@ -37,8 +38,10 @@ class PEFTState(nn.Module):
                  allow_random_base: bool = False,
                  eval_frozen: bool = False,
                  gridless: Optional[Dict[str, List[str]]] = None,
-                 stream: Optional[Stream] = None) -> None:
+                 stream: Optional[Stream] = None,
+                 memory: str = 'stock') -> None:
         super().__init__()
+        self.memory = memory
         self.plans = list(plans)
         self.skipped = list(skipped)
         self.gridless = dict(gridless or {})

@@ -4,8 +4,10 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from ..recompute import current, pass_on, recipes_for, recomputed, see_raw
 from ..sites import INPUT_SITES, TokenLayout
 
 __all__ = ['BlockPEFT', 'connect', 'disconnect', 'peft_class']
@@ -13,6 +15,9 @@ __all__ = ['BlockPEFT', 'connect', 'disconnect', 'peft_class']
 
 class BlockPEFT(nn.ModuleDict):
     """``block.peft``: the attached modules, ``{name: {site: module}}``."""
+
+    # What its forward keeps for backward, one of ``mmpeft.recompute.MEMORY``.
+    memory = 'stock'
 
     # What travels beside the tokens (mmpeft.stream.Stream); None if nothing
     # does.
@@ -31,6 +36,19 @@ class BlockPEFT(nn.ModuleDict):
     def has(self, *sites: str) -> bool:
         """Whether anything is attached at one of the sites."""
         return any(s in modules for modules in self.values() for s in sites)
+
+    def draws(self, *sites: str) -> bool:
+        """Whether anything attached at one of the sites draws random
+        numbers."""
+        return any(
+            isinstance(m, _DropoutNd) and m.p > 0 and m.training
+            for modules in self.values() for s in sites if s in modules
+            for m in modules[s].modules())
+
+    def only_elementwise(self, site: str) -> bool:
+        """Whether all that is attached at a site is elementwise."""
+        return all(modules[site].elementwise for modules in self.values()
+                   if site in modules)
 
     @property
     def carries(self) -> bool:
@@ -73,7 +91,9 @@ class BlockPEFT(nn.ModuleDict):
             y, tokens = checkpoint(
                 forward, x, tokens, layout, *args, use_reentrant=False)
         else:
-            y, tokens = forward(x, tokens, layout, *args)
+            with recipes_for(self.memory, x):
+                y, tokens = forward(x, tokens, layout, *args)
+                pass_on(y)
         if self.stream is not None:
             # Taken away, so that recomputing in backward records nothing.
             taps, self.tapped = self.tapped, None
@@ -104,7 +124,12 @@ def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # (B, C, H, W) -> (B, H, W, C) and back: sites have channels last.
         x, y = args[0].movedim(1, -1), output.movedim(1, -1)
         return peft.run(site, x, y).movedim(-1, 1)
-    return peft.run(site, args[0], output)
+    see_raw(module, output)
+    if current() is None or not peft.only_elementwise(site):
+        return peft.run(site, args[0], output)
+    if isinstance(module, nn.LayerNorm):
+        output = recomputed(module.forward, args[0], known=output)
+    return recomputed(lambda y: peft.run(site, None, y), output)
 
 
 def connect(module: nn.Module,

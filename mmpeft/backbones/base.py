@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ..errors import SiteError
 from ..methods.side import TrunkBlock
+from ..recompute import follow, unfollow
 from ..registry import SITE_MAPS
 from ..sites import (INPUT_SITES, LINEAR_SITES, PART_SITES, SITES, TOKEN_SITES,
                      Site, TokenLayout)
 from ..stream import Stream, join_output
 from .attached import BlockPEFT, disconnect, peft_class
 from .places import Block, Part
-from .prenorm import JoinedAttention
+from .prenorm import JoinedAttention, PreNormForward
 from .recognise import class_path, makes_other_blocks
 
 __all__ = [
@@ -314,12 +315,22 @@ class SiteMap:
         block.peft = BlockPEFT()
 
     @classmethod
+    def save_memory(cls, block: nn.Module) -> None:
+        """Prepare a block, with everything attached, for ``memory``."""
+        modules = cls.modules(block)
+        if issubclass(cls.mixin, PreNormForward):
+            for site, output in (('qkv', False), ('fc1', True)):
+                if site in modules:
+                    follow(modules[site], site, output)
+
+    @classmethod
     def restore(cls, block: nn.Module) -> None:
         """Undo :meth:`swap` and remove everything attached."""
         if not hasattr(type(block), 'stock_class'):
             return
         for module in cls.modules(block).values():
             disconnect(module)
+            unfollow(module)
         del block.peft
         cls.close_attention(block)
         cls.unstream(block)

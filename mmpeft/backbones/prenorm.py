@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..recompute import added, current, dropped, reach, recomputed
 from ..sites import TOKEN_SITES, TokenLayout
 
 __all__ = ['JoinedAttention', 'PreNormForward']
@@ -48,29 +49,56 @@ class PreNormForward:
                  layout: TokenLayout, *args: Any) -> Tuple:
         run = self.peft.run
         shortcut = run('attn_shortcut', x, x, layout)
-        normed = self.norm1(x)
+        normed = recomputed(self.norm1, x)
+        self._expect_qkv_input(x, args)
         joined = None if tokens is None else self.norm1(tokens)
         branch, seen = self._attend(normed, joined, layout, *args)
         branch = run('attn_parallel', normed, branch, layout)
         branch = run('attn_branch', x, branch, layout)
         branch, seen = self._drop(self.attn_drop_path, branch, seen)
-        y = shortcut + run('attn_add', x, branch, layout)
+        y = added(shortcut, run('attn_add', x, branch, layout))
         x = run('attn_residual', x, y, layout)
         if seen is not None:
             tokens = tokens + seen
 
         shortcut = run('ffn_shortcut', x, x, layout)
-        normed = self.norm2(x)
+        normed = recomputed(self.norm2, x)
+        self._expect_hidden(x, layout)
         branch = self.run_map_mlp(normed, layout)
         branch = run('ffn_parallel', normed, branch, layout)
         branch = run('ffn_branch', x, branch, layout)
         if seen is not None:
             seen = self.run_mlp(self.norm2(tokens))
         branch, seen = self._drop(self.ffn_drop_path, branch, seen)
-        y = shortcut + run('ffn_add', x, branch, layout)
+        y = added(shortcut, run('ffn_add', x, branch, layout))
         if seen is not None:
             tokens = tokens + seen
         return run('ffn_residual', x, y, layout), tokens
+
+    def _expect_qkv_input(self, x: Tensor, args: Tuple) -> None:
+        """Tell how to make what is projected to queries, keys and values,
+        which may be a copy of the norm, in windows."""
+        recipes = current()
+        if recipes is not None and not self.peft.has(*TOKEN_SITES):
+            source = recipes.reference(x)
+            recipes.expect(
+                'qkv', lambda qkv: reach(
+                    qkv, lambda: self.run_attention(
+                        self.norm1(source()), *args)))
+
+    def _expect_hidden(self, x: Tensor, layout: TokenLayout) -> None:
+        """Tell how to make what the activation of the MLP gets, which takes
+        its first GEMM again."""
+        recipes = current()
+        if recipes is not None and recipes.lean and not self.peft.draws(
+                'norm2', 'fc1_input', 'fc1'):
+            source = recipes.reference(x)
+            # What is elementwise can be made of the layer's own output.
+            raw = self.peft.has('fc1') and self.peft.only_elementwise('fc1')
+            recipes.expect(
+                'fc1_raw' if raw else 'fc1', lambda fc1: reach(
+                    fc1, lambda: self.run_map_mlp(
+                        self.norm2(source()), layout), raw))
 
     @staticmethod
     def _drop(drop_path: nn.Module, branch: Tensor,
@@ -78,7 +106,7 @@ class PreNormForward:
         """Drop-path, the same draw for the stream and the tokens of a
         sample."""
         if seen is None:
-            return drop_path(branch), None
+            return dropped(drop_path, branch), None
         both = drop_path(torch.cat([seen, branch], dim=1))
         return both[:, seen.shape[1]:], both[:, :seen.shape[1]]
 

@@ -4,6 +4,8 @@ from typing import Dict, List, Optional, Tuple
 import torch.nn as nn
 from torch import Tensor
 
+from ..ops import window_attention
+from ..recompute import current
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from .base import Block, Part, SiteMap, TrunkBlock
@@ -35,9 +37,21 @@ class SwinForward(PreNormForward):
 class JoinedWindowMSA(JoinedWindows):
     """The stock window attention, where extra tokens join every window."""
 
+    #: Whether :func:`window_attention` computes what the stock one does.
+    fuses = True
+
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B * windows, N, C) -> (B * windows, N, C)"""
-        return self.attend(x, lambda scores, q: self.place(scores, mask))
+        if self.joined is not None:
+            return self.attend(x, lambda scores, q: self.place(scores, mask))
+        drops = self.training and self.attn_drop.p > 0
+        if current() is None or drops or not self.fuses:
+            return super().forward(x, mask)
+        size = x.shape[1]
+        bias = self.position_bias().view(size, size, -1).permute(2, 0, 1)
+        out = window_attention(
+            self.qkv(x), bias.contiguous(), mask, self.num_heads, self.scale)
+        return self.proj_drop(self.proj(out))
 
     def place(self, scores: Tensor, mask: Optional[Tensor]) -> Tensor:
         """Add the relative positions, and mask what a shift brought
@@ -98,6 +112,11 @@ class SwinSites(SiteMap):
     @classmethod
     def attention(cls, block: nn.Module) -> nn.Module:
         return block.attn.w_msa
+
+    @classmethod
+    def save_memory(cls, block: nn.Module) -> None:
+        super().save_memory(block)
+        cls.open_attention(block)
 
     @classmethod
     def embed_dims(cls, block: nn.Module) -> int:

@@ -59,6 +59,8 @@ class JoinedWindowMSAV2(JoinedWindowMSA):
     It always takes the place of the stock one, which never calls ``qkv``.
     """
 
+    # Its scores are cosines.
+    fuses = False
     # What the stock bias is where its MLP has no say.
     placeless = 16 * .5
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
+from ..ops import activate
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import (MONA_RECIPE, PEFTModule, check_positive, check_rate,
@@ -81,4 +82,5 @@ class Adapter(PEFTModule):
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(B, N, d), (B, N, d) -> (B, N, d)"""
-        return y + self.up(self.dropout(F.gelu(self.down(y))))
+        hidden = activate(F.gelu, self.down(y), self.dropout)
+        return y + self.up(hidden)

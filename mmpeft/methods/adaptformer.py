@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
+from ..ops import activate
+from ..recompute import recomputed
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import (MONA_RECIPE, PEFTModule, check_positive, check_rate,
@@ -92,5 +94,6 @@ class AdaptFormer(PEFTModule):
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(B, N, d), (B, N, d) -> (B, N, d)"""
-        hidden = ACTIVATIONS[self.act](self.down(self.norm(x)))
-        return y + self.scale * self.up(self.dropout(hidden))
+        hidden = self.down(recomputed(self.norm, x))
+        hidden = activate(ACTIVATIONS[self.act], hidden, self.dropout)
+        return y + self.scale * self.up(hidden)

@@ -65,6 +65,9 @@ class PEFTModule(Method, nn.Module):
     moves_extra: bool = False
     #: Whether it reads the weight of the stock layer at its site.
     needs_layer: bool = False
+    #: Whether its output depends on ``y`` alone, number by number, and draws
+    #: no random ones; see :mod:`mmpeft.recompute`.
+    elementwise: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False
     #: Why it cannot be folded into a stock layer; None if it can.

@@ -38,6 +38,7 @@ class IA3(RowModule):
     """
 
     key = 'ia3'
+    elementwise = True
 
     def __init__(
         self, site: Site,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
+from ..recompute import recomputed_if_lean
 from ..sites import Site
 from .base import PEFTModule, check_positive, check_rate, check_width
 
@@ -118,7 +119,8 @@ class LowRank(RowModule):
 
         (..., in_dims) -> [(..., rows)]
         """
-        hidden = F.linear(x, down).split(self.rank, dim=-1)
+        hidden = recomputed_if_lean(F.linear, x, down)
+        hidden = hidden.split(self.rank, dim=-1)
         return [F.linear(h, b) for h, b in zip(hidden, up.split(self.sizes))]
 
     def products(self, down: Tensor, up: Tensor) -> List[Tensor]:

@@ -3,10 +3,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import depthwise, gelu_dropout, scaled_norm_linear
+from ..recompute import current, recomputed, recomputed_if_lean, recomputed_sum
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_rate, check_width
-from .mona_fold import FoldedMona
+from .mona_fold import FoldedMona, fold_op
 
 __all__ = ['Mona', 'MonaOp']
 
@@ -98,12 +100,30 @@ class Mona(PEFTModule):
         """(B, N, d), (B, N, d) -> (B, N, d), N = extra tokens + H * W"""
         extra = layout.num_extra_tokens
         tokens = y[:, extra:] if extra else y
-        u = self.norm(tokens) * self.gamma + tokens * self.gammax
-        # (B, H*W, dim) -> (B, dim, H, W) and back
-        t = self.adapter_conv(layout.to_grid(self.project1(u)))
-        t = self.dropout(F.gelu(layout.to_tokens(t)))
-        tokens = tokens + self.project2(t)
+        if current() is None:
+            u = self.norm(tokens) * self.gamma + tokens * self.gammax
+            # (B, H*W, dim) -> (B, dim, H, W) and back
+            t = self.adapter_conv(layout.to_grid(self.project1(u)))
+            t = self.dropout(F.gelu(layout.to_tokens(t)))
+            tokens = tokens + self.project2(t)
+        else:
+            tokens = self._rearranged(tokens, layout)
         return torch.cat([y[:, :extra], tokens], dim=1) if extra else tokens
+
+    def _rearranged(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        """The same, with less to keep: the norm is part of the projection,
+        and the four convolutions are two (see :class:`FoldedMona`)."""
+        scale = self.norm.weight * self.gamma
+        shift = self.norm.bias * self.gamma
+        t = scaled_norm_linear(tokens, scale, shift, self.gammax,
+                               self.project1.weight, self.project1.bias,
+                               self.norm.eps)
+        kernel, point, bias = fold_op(self.adapter_conv)
+        t = recomputed(depthwise, t, kernel, layout.hw_shape)
+        t = recomputed_if_lean(F.linear, t, point, bias)
+        t = gelu_dropout(t, self.dropout)
+        return recomputed_sum(tokens, F.linear, t, self.project2.weight,
+                              self.project2.bias)
 
     def folded(self) -> FoldedMona:
         return FoldedMona(self)

@@ -1,5 +1,6 @@
 """Mona with everything linear in it multiplied out."""
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from .folded import Folded
 if TYPE_CHECKING:
     from .mona import Mona, MonaOp
 
-__all__ = ['FoldedMona']
+__all__ = ['FoldedMona', 'fold_op']
 
 
 class FoldedMona(Folded):
@@ -43,7 +44,8 @@ class FoldedMona(Folded):
         super().__init__()
         self.eps = mona.norm.eps
         dtype = mona.project1.weight.dtype
-        kernel, point, shift = _fold_op(mona.adapter_conv)
+        op = copy.deepcopy(mona.adapter_conv).double()
+        kernel, point, shift = fold_op(op)
         gamma = mona.gamma.detach().double()
         tensors = dict(
             scale=gamma * mona.norm.weight,
@@ -81,14 +83,14 @@ class FoldedMona(Folded):
         return torch.cat([y[:, :extra], tokens], dim=1) if extra else tokens
 
 
-def _fold_op(op: 'MonaOp') -> tuple:
-    """Kernel (dim, 1, 7, 7), matrix (dim, dim) and its bias, in float64."""
+def fold_op(op: 'MonaOp') -> Tuple[Tensor, Tensor, Tensor]:
+    """Kernel (dim, 1, 7, 7), matrix (dim, dim) and its bias (dim, ), which
+    gradients pass through."""
     convs = [op.conv1, op.conv2, op.conv3]
-    kernel = sum(
-        F.pad(c.weight.detach().double(), [3 - c.padding[0]] * 4)
-        for c in convs) / 3
-    kernel[:, :, 3, 3] += 1
-    bias = sum(c.bias.detach().double() for c in convs) / 3
-    point = op.projector.weight.detach().double().flatten(1)
+    kernel = sum(F.pad(c.weight, [3 - c.padding[0]] * 4) for c in convs) / 3
+    middle = torch.zeros_like(kernel)
+    middle[:, :, 3, 3] = 1
+    bias = sum(c.bias for c in convs) / 3
+    point = op.projector.weight.flatten(1)
     point = point + torch.eye(len(point)).to(point)
-    return kernel, point, point @ bias + op.projector.bias.detach().double()
+    return kernel + middle, point, point @ bias + op.projector.bias

@@ -37,6 +37,7 @@ class SSF(PEFTModule):
     sites = ('norm1', 'qkv', 'proj', 'norm2', 'fc1', 'fc2')
     parts = ('patch_embed', 'patch_norm', 'merge_norm', 'out_norm')
     no_merge = None
+    elementwise = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
