@@ -16,9 +16,11 @@ from .base_weights import base_run, finish
 from .cell_config import TaskConfigs
 from .costs import measure_costs
 from .launch import Launcher, locked
-from .plan import Plan, load_plan
+from .plan import Plan
+from .plan_file import load_plan
 from .progress import Watch, status_table
-from .study import Study, results_file
+from .rows import results_file
+from .study import Study
 from .table import read_rows
 
 __all__ = ['main']
@@ -74,7 +76,7 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
                                                             'done')
             ]
             if task.costs and cells and args.budget is None:
-                study.add_costs(
+                study.table.add_costs(
                     name, measure_costs(task, cells, folder, console.print))
     failed = sum(r['status'] == 'failed' for r in study.rows.values())
     if failed:

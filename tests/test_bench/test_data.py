@@ -9,7 +9,8 @@ from bench_parts import write_python
 
 import mmpeft  # noqa: F401 (makes the names mmseg::… resolve)
 from mmpeft.bench.cell_config import TaskConfigs
-from mmpeft.bench.plan import Task, load_plan
+from mmpeft.bench.plan import Task
+from mmpeft.bench.plan_file import load_plan
 from mmpeft.errors import MissingFileError, PEFTError
 from mmpeft.preflight import check_files
 

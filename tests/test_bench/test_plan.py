@@ -4,7 +4,8 @@ from bench_parts import write_plan, write_python
 
 from mmpeft.bench.cell_config import TaskConfigs, config_text, fit_budget
 from mmpeft.bench.cells import Cell, next_cells
-from mmpeft.bench.plan import Budget, load_plan, presets
+from mmpeft.bench.plan import Budget
+from mmpeft.bench.plan_file import load_plan, presets
 from mmpeft.config import load_config
 from mmpeft.errors import MissingFileError, PEFTError
 

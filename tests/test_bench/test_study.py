@@ -15,8 +15,9 @@ from bench_parts import write_plan, write_python
 from mmpeft.bench import study as study_module
 from mmpeft.bench.cell_config import TaskConfigs
 from mmpeft.bench.launch import Launcher, locked
-from mmpeft.bench.plan import load_plan
-from mmpeft.bench.study import Study, results_file
+from mmpeft.bench.plan_file import load_plan
+from mmpeft.bench.rows import results_file
+from mmpeft.bench.study import Study
 from mmpeft.bench.table import read_rows
 
 FORK = multiprocessing.get_context('fork')
@@ -173,7 +174,8 @@ def test_failed_cells_are_run_again_if_asked(plan, tmp_path):
 def test_costs_belong_to_final_cells(plan, tmp_path):
     study = open_study(plan, tmp_path)
     study.run(jobs=2)
-    study.add_costs('seg', dict(Mona=dict(step_s=.5, latency_merged_s=None)))
+    study.table.add_costs('seg',
+                          dict(Mona=dict(step_s=.5, latency_merged_s=None)))
     for row in table(tmp_path).values():
         own = (row['method'], row['phase']) == ('Mona', 'final')
         assert row['step_s'] == (.5 if own else None)
