@@ -29,6 +29,7 @@ _PUBLIC = {
     'save_delta': '.delta',
     'load_delta': '.delta',
     'count_params': '.counting',
+    'out_channels': '.readers',
     'ppt_factor': '.counting',
     'config_path': '.config',
     'register_family': '.backbones.register',

@@ -7,7 +7,8 @@ from mmengine.config import Config
 from .backbones.base import find_family
 from .config import add_method
 from .errors import PEFTError, SiteError
-from .injection import inject
+from .injection import eject, inject
+from .readers import check_readers
 
 __all__ = ['apply']
 
@@ -35,11 +36,22 @@ def apply(cfg_or_model: Union[Config, dict, nn.Module],
             :func:`mmpeft.PEFTBackbone`.
 
     Raises:
-        PEFTError: If there is no supported backbone, or more than one.
+        PEFTError: If there is no supported backbone, or more than one, or if
+            the model's neck or head is made for other channels than the
+            method gives.
     """
     if isinstance(cfg_or_model, nn.Module):
         kwargs.setdefault('allow_random_base', True)
-        inject(_backbone_of(cfg_or_model, at), method, **kwargs)
+        backbone = _backbone_of(cfg_or_model, at)
+        trains = [(p, p.requires_grad) for p in backbone.parameters()]
+        inject(backbone, method, **kwargs)
+        try:
+            check_readers(cfg_or_model)
+        except PEFTError:
+            eject(backbone)
+            for parameter, trained in trains:
+                parameter.requires_grad = trained
+            raise
         return cfg_or_model
     if not isinstance(cfg_or_model, dict) and not isinstance(
             cfg_or_model, Config):

@@ -5,9 +5,10 @@ import torch.nn as nn
 
 from .backbones.attached import BlockPEFT, connect
 from .backbones.base import Block, Part
+from .beside import beside, replaces_outputs, trained_beside, trunk_of
 from .errors import PEFTError, SiteError
 from .methods.base import PEFTModule
-from .methods.side import SideNetwork, Trunk
+from .methods.side import SideNetwork
 from .plan import MethodPlan
 from .sites import INPUT_SITES, MODULE_SITES
 from .state import PEFTState
@@ -42,6 +43,10 @@ class Build:
         #: Names of the stock parameters that side networks train.
         self.trained: set = set()
         self.stream: Optional[Stream] = None
+        #: Paths of stock parts whose output nothing reads.
+        self.unread: List[str] = []
+        if replaces_outputs(plans):
+            self.unread = self.family.out_paths(backbone)
         for plan in plans:
             if plan.is_module:
                 self._add_modules(plan, backbone, blocks)
@@ -87,9 +92,11 @@ class Build:
                 'it: the head reads the class token alone. Choose other '
                 'blocks with `layers`, or another `out_type` of the backbone.')
         if not plan.restricted:
-            places += [(part, [part.site], plan.kwargs)
-                       for part in self.family.parts(backbone)
-                       if part.name in cls.parts]
+            places += [
+                (part, [part.site], plan.kwargs)
+                for part in self.family.parts(backbone)
+                if part.name in cls.parts and part.path not in self.unread
+            ]
         owner = cls.build_shared([s for _, sites, _ in places for s in sites],
                                  **plan.kwargs)
         if owner is not None:
@@ -109,52 +116,19 @@ class Build:
 
     def _add_network(self, plan: MethodPlan, backbone: nn.Module,
                      blocks: Sequence[Block]) -> None:
-        cls, outputs = plan.cls, {}
-        if cls.needs_grid and not self.family.has_grid:
-            raise SiteError(f'{cls.__name__} needs a grid of tokens; the '
-                            f'tokens of {self.family.__name__} form none.')
-        chosen = plan.choose(blocks)
-        if cls.joins_outputs:
-            reason = self.family.no_trunk(backbone)
-            if reason:
-                raise SiteError(f'{cls.__name__} runs beside the backbone and '
-                                f'joins its outputs, but {reason}.')
-            outputs = self.family.outputs(backbone)
-            chosen = self._before_outputs(cls, chosen, outputs)
-        dims = {b.stage: self.family.embed_dims(b.module) for b in chosen}
-        stages = list(dims)
-        gap = set(range(stages[0], stages[-1] + 1)) - set(stages)
-        if gap:
-            raise PEFTError(f'{cls.__name__}: `layers` leaves out stage '
-                            f'{min(gap)} between two that it has; its state '
-                            'cannot skip a stage.')
-        trunk = Trunk(
-            tuple(self.family.trunk_block(b) for b in chosen), dims,
-            tuple(s for s in outputs if s in dims),
-            self.family.stem(backbone)[0])
+        cls = plan.cls
+        chosen = beside(cls, plan.choose(blocks), blocks, backbone)
+        trunk = trunk_of(cls, chosen, backbone)
         self.networks[plan.name] = plan.construct(trunk)
+        self.trained |= trained_beside(cls, chosen, trunk, backbone)
         for block in chosen:
             self.taps[block.path] = self.taps.get(block.path, ()) + cls.taps
-        if cls.trains_out_norms:
-            roots = tuple(
-                f'{part.path}.' for part in self.family.parts(backbone)
-                if part.name == 'out_norm' and part.stage in trunk.outputs)
-            self.trained |= {
-                n
-                for n, _ in backbone.named_parameters() if n.startswith(roots)
+            at = {
+                name: module(self.family.site(block, name))
+                for name, module in cls.attached.items()
             }
-
-    @staticmethod
-    def _before_outputs(cls: type, chosen: Sequence[Block],
-                        outputs: Dict) -> List[Block]:
-        """Without the blocks behind the last output, where nothing would get
-        a gradient."""
-        last = max((b.stage for b in chosen if b.stage in outputs), default=-1)
-        if last < 0:
-            stages = sorted({b.stage for b in chosen})
-            raise PEFTError(f'{cls.__name__}: none of the stages of `layers` '
-                            f'({stages}) is an output of the backbone.')
-        return [b for b in chosen if b.stage <= last]
+            if at:
+                self.modules.append((block, plan.name, at))
 
     def _check_tokens(self) -> None:
         """Tokens that are passed on cannot be told from others' tokens."""
@@ -163,11 +137,12 @@ class Build:
             if 'tokens' in at:
                 names.setdefault(place.path, []).append(at['tokens'])
         for modules in names.values():
-            if len(modules) > 1 and any(m.carries for m in modules):
+            if len(modules) > 1 and any(m.carries or m.asks for m in modules):
                 titles = ' and '.join(type(m).__name__ for m in modules)
                 raise PEFTError(f'{titles} cannot stand together: both put '
                                 'tokens before the same blocks, and one of '
-                                'them passes its tokens on.')
+                                'them passes its tokens on or reads what '
+                                'becomes of them.')
 
 
 def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:

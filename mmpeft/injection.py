@@ -162,7 +162,7 @@ def prepare(backbone: nn.Module,
     unreached = blocks[0].family.unreached(backbone)
     reached = [b for b in blocks if not _below(b.path, unreached)]
     build = Build(backbone, plans, reached)
-    trained = _selected(backbone, plans, reached, unreached)
+    trained = _selected(backbone, plans, reached, [*unreached, *build.unread])
     trained |= build.trained
     state = PEFTState(
         plans=[p.cfg for p in plans],

@@ -43,6 +43,8 @@ class Stream:
         self.first: Optional[int] = None
         self.last: Optional[int] = None
         self.source: Optional[int] = None
+        # What the backbone got, if a network reads it.
+        self.image: Optional[Tensor] = None
         self.reset()
 
     def enter(self, peft: nn.ModuleDict) -> None:
@@ -101,6 +103,8 @@ class Stream:
             PEFTError: If the state of a side network is gone.
             SiteError: If one needs a grid, and the tokens form none.
         """
+        if 'tokens' in peft.taps:
+            taps['tokens'] = tokens
         last = peft.place.index == self.last
         self.tokens = tokens if peft.carries and not last else None
         place, states = peft.place, self.states
@@ -114,11 +118,14 @@ class Stream:
                     f'tokens, but {x.shape[1]} tokens entered {place.path}, '
                     'as with masked images or patch dropout; choose a method '
                     'that reads single tokens.')
-            seen = (x, y) if network.writes else (x.detach(), y.detach())
+            seen = (x.detach(), y.detach()) if network.detaches else (x, y)
             if name not in states:
                 if place.index != self.beside[name][0]:
                     raise _run_alone(f'The state of {name!r}', peft)
-                states[name] = network.start(seen[0], layout)
+                image = []
+                if network.reads_image:
+                    image = [self._image(network)]
+                states[name] = network.start(seen[0], layout, *image)
             elif place.stage != self.places[name][0]:
                 before = self.places[name][1]
                 downsample = partial(self.family.merge_map,
@@ -141,6 +148,32 @@ class Stream:
                 x = network.output(self.states[name], x, stage, layout)
         return x
 
+    def begin(self, args: tuple) -> None:
+        """Before the forward of the backbone."""
+        self.reset()
+        if args and any(n.reads_image for n in self.networks.values()):
+            self.image = args[0]
+
+    def _image(self, network: SideNetwork) -> Tensor:
+        if self.image is None:
+            raise PEFTError(
+                f'{type(network).__name__} reads the image and replaces the '
+                'outputs of the backbone, whose blocks were run without its '
+                'forward(image), as forward_features of timm does; call the '
+                'backbone itself.')
+        return self.image
+
+    def end(self) -> Optional[Tuple[Tensor, ...]]:
+        """Behind it: what takes the place of its outputs; None if nothing
+        does."""
+        outputs = None
+        for name, network in self.networks.items():
+            if network.replaces_outputs and name in self.states:
+                outputs = network.outputs(self.states[name])
+        self.reset()
+        self.image = None
+        return outputs
+
 
 def _run_alone(what: str, peft: nn.ModuleDict) -> PEFTError:
     return PEFTError(
@@ -151,12 +184,12 @@ def _run_alone(what: str, peft: nn.ModuleDict) -> PEFTError:
 
 def begin(backbone: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the backbone."""
-    backbone.peft.stream.reset()
+    backbone.peft.stream.begin(args)
 
 
-def end(backbone: nn.Module, args: tuple, output: Any) -> None:
+def end(backbone: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of the backbone; also runs after an error."""
-    backbone.peft.stream.reset()
+    return backbone.peft.stream.end()
 
 
 def join_output(norm: nn.Module, args: tuple) -> tuple:

@@ -63,8 +63,9 @@ def _replace(part, widths):
             keys.append('out_channels')
         for key in set(keys) & set(item):
             value = item[key]
-            item[key] = [widths[v] for v in value] if isinstance(
-                value, (list, tuple)) else widths[value]
+            # A method's own outputs are as narrow as they are.
+            item[key] = [widths.get(v, v) for v in value] if isinstance(
+                value, (list, tuple)) else widths.get(value, value)
 
 
 def _fewer_queries(model):

@@ -23,11 +23,14 @@ from mmpeft.engine.listing import refusal  # noqa: E402
 
 
 def build(kind, method):
-    """A backbone without drop-path and dropout, which ranks draw apart."""
+    """A backbone without drop-path and dropout, which ranks draw apart, and
+    without statistics of a batch, of which each rank has its own."""
     _, peft = conftest.build_pair(kind, method)
     for module in conftest.perturb(peft).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
         for rate in ('drop_prob', 'drop_path_rate'):
             if hasattr(module, rate):
                 setattr(module, rate, 0.)

@@ -16,12 +16,27 @@ def build(method, **kwargs):
     return PEFTBackbone(VisionTransformer, method, **kwargs)
 
 
+def hst(d):
+    """A token and two norms for each block; the pyramid."""
+    widths = (32, 48, 64, 72)
+    # Convolutions without and with bias around a norm, and a norm.
+    count = 12 * (d + 4 * d) + 27 * 32 + 64 + 4 * 32**2 + 32 + 64
+    for before, w in zip((None, *widths), widths):
+        if before:
+            count += 9 * before * w + 3 * w
+        # Three blocks with a norm for their token; into the level; its norm.
+        count += 3 * (12 * w**2 + 13 * w + 2 * w) + (d + 1) * w + 2 * w
+    return count
+
+
 def closed_form(name):
     d = WIDTH
     if name == 'frozen':
         return 0
     if name == 'partial':
         return BLOCK['full'](d, 0)
+    if name == 'hst':
+        return hst(d)
     if name in ('dtl', 'dtl_plus'):
         return DEPTH * 2 * 2 * d + (5**2 * d if name == 'dtl_plus' else 0)
     return DEPTH * BLOCK[name](d, 0) + dict(
@@ -78,6 +93,7 @@ ROWS = [
     ('GPS', 'gps', 167_424, '0.167'),
     ('DTL:rank=2', 'dtl', 36_864, '0.037'),
     ('DTLPlus:rank=2', 'dtl_plus', 56_064, '0.056'),
+    ('HST', 'hst', 764_840, '0.765'),
     ('NOAH:num_tokens=10,rank=10,dim=10', 'noah', 654_456, '0.654'),
 ]
 

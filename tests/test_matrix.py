@@ -29,7 +29,10 @@ ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
 # Pairs without a place; the others all work, in these tests and in those of
 # the families.
-REFUSED = [('SSF', 'DeiT3Sites')]
+NOT_HST = ('Swin', 'SwinV2', 'TimmSwin', 'MiT', 'DeiT3')
+REFUSED = [('SSF', 'DeiT3Sites'), *(('HST', f'{f}Sites') for f in NOT_HST)]
+# Of methods whose maps take the place of the outputs.
+CHANNELS = {'HST': [4, 6, 8]}
 # Methods of which a part has no place in the stock layers.
 UNMERGED = {'swin_v2': ('RepAdapter', 'SSF')}
 ATTACHED = [
@@ -98,7 +101,9 @@ def test_start(name, kind, image):
     stock, peft = build_pair(kind, METHODS[name])
     stock.eval(), peft.eval()
     expected, found = outputs(stock, image), outputs(peft, image)
-    if name in EXACT:
+    if name in CHANNELS:
+        assert [o.shape[1] for o in found] == CHANNELS[name]
+    elif name in EXACT:
         assert equal(expected, found)
     elif name in ROUNDED:
         assert gap(found, expected) < 1e-5
@@ -138,6 +143,13 @@ def test_declared_parameters_get_gradients(name, kind, image):
     if name in ATTACHED:
         added = {n for n, _ in peft.named_parameters() if '.peft.' in f'.{n}'}
         norms = KINDS[kind].out_norms if name == 'E3VA' else ()
+        if name == 'HST':
+            norms = {
+                path
+                for path, module in peft.named_modules()
+                for _, block in find_family(peft) if any(
+                    module is block.layer(n) for n in ('norm1', 'norm2'))
+            }
         biases = ('bias',
                   'relative_position_bias_table') if name == 'GPS' else ()
         assert {

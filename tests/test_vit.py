@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, perturb, with_method
+from conftest import METHODS, calibrate, method_of, perturb, with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_gradients, check_joined, check_layer_decay,
                       check_merged, check_methods, check_recognised,
@@ -13,7 +13,9 @@ from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
+from mmpeft.backbones.deit3 import DeiT3Sites
 from mmpeft.counting import count_params
+from mmpeft.engine.listing import refusal
 from mmpeft.errors import MergeError, PEFTError, SiteError
 from mmpeft.injection import PEFTBackbone, inject
 from mmpeft.merging import merged_state_dict
@@ -107,10 +109,12 @@ def test_norms(variant, method, image):
     check_merged(stock, peft, image)
 
 
-@pytest.mark.parametrize('name', [n for n in METHODS if n != 'SSF'])
+@pytest.mark.parametrize(
+    'name', [n for n in METHODS if not refusal(method_of(n), DeiT3Sites)])
 def test_deit3(name, image):
-    """Every method but one, in evaluation and training."""
+    """Every method that it takes, in evaluation and training."""
     _, peft = peft_of('DeiT3', METHODS[name])
+    calibrate(peft, image.shape)
     perturb(peft)
     outs = run(peft, image)
     if any(o.requires_grad for o in outs):

@@ -29,8 +29,10 @@ from rich.console import Console  # noqa: E402
 
 import mmpeft  # noqa: E402
 from mmpeft import methods  # noqa: E402
+from mmpeft.backbones.swin import SwinSites  # noqa: E402
 from mmpeft.cli import run  # noqa: E402
 from mmpeft.datasets import ensure_shapes  # noqa: E402
+from mmpeft.engine.listing import refusal  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
 from mmpeft.plan import MethodPlan  # noqa: E402
 from mmpeft.registry import METHODS  # noqa: E402
@@ -42,7 +44,8 @@ TARGET = 'configs/{}/mask-rcnn_swin-nano_shapes.py'
 # mmpeft lists them.
 NAMES = {
     MethodPlan(dict(type=name)).name: name
-    for name in methods.__all__ if name in METHODS
+    for name in methods.__all__
+    if name in METHODS and not refusal(METHODS.get(name), SwinSites)
 }
 # --fast: a smoke test of all steps, its numbers mean nothing.
 FAST = [f'train_cfg.{key}=1' for key in ('max_epochs', 'val_interval')] + [

@@ -56,6 +56,13 @@ class BlockPEFT(nn.ModuleDict):
         return any(modules['tokens'].carries for modules in self.values()
                    if 'tokens' in modules)
 
+    @property
+    def asks(self) -> bool:
+        """Whether its tokens see the others, and go through the MLP."""
+        return self.carries or any(modules['tokens'].asks
+                                   for modules in self.values()
+                                   if 'tokens' in modules)
+
     def run(self,
             site: str,
             x: Tensor,

@@ -184,6 +184,16 @@ class SiteMap:
         raise NotImplementedError
 
     @classmethod
+    def has_stages(cls) -> bool:
+        """Whether its maps get smaller from stage to stage."""
+        return '(?P<stage>' in cls.block_pattern
+
+    @classmethod
+    def out_paths(cls, backbone: nn.Module) -> List[str]:
+        """Paths of what nothing but the outputs passes."""
+        return [p.path for p in cls.parts(backbone) if p.name == 'out_norm']
+
+    @classmethod
     def join_outputs(cls, backbone: nn.Module, stream: Stream,
                      stages: Sequence[int]) -> list:
         """Let side networks join the outputs of some stages.

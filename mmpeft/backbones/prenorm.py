@@ -122,7 +122,7 @@ class PreNormForward:
         empty = normed.new_zeros(normed.shape[0], 0, normed.shape[-1])
         joined = empty if joined is None else joined
         attention = self.joined_attention
-        attention.queries = peft.carries
+        attention.queries = peft.asks
         attention.joined = peft.run('attn_tokens', normed, joined, layout)
         attention.extra = peft.run('attn_kv', normed, (empty[:1], ) * 2,
                                    layout)

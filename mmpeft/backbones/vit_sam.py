@@ -169,6 +169,10 @@ class ViTSAMSites(SiteMap):
         return {0: cls.out_norm(backbone)}
 
     @classmethod
+    def out_paths(cls, backbone: nn.Module) -> List[str]:
+        return ['channel_reduction'] * (backbone.out_channels > 0)
+
+    @classmethod
     def join_outputs(cls, backbone: nn.Module, stream: Stream,
                      stages: Sequence[int]) -> list:
         if backbone.out_channels > 0:

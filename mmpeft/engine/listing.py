@@ -2,6 +2,7 @@
 from typing import Dict, List, Optional
 
 from ..backbones.base import SiteMap
+from ..beside import HAS_STAGES
 from ..methods.base import PEFTModule
 from ..methods.side import SideNetwork
 from ..plan import MethodPlan
@@ -26,6 +27,12 @@ def refusal(method: type, family: type) -> Optional[str]:
     if issubclass(method, SideNetwork) and method.needs_grid and \
             not family.has_grid:
         return 'it needs a grid of tokens'
+    if issubclass(method, SideNetwork):
+        if method.one_stage and family.has_stages():
+            return HAS_STAGES
+        for site in (*method.attached, *method.trained_norms):
+            if site in family.refused:
+                return f'{site}: {family.refused[site]}'
     return None
 
 
@@ -49,8 +56,8 @@ def _row(cls: type) -> Dict:
         sites = [*cls.sites_for(), *cls.parts]
     elif issubclass(cls, SideNetwork):
         sites = [
-            *cls.taps, *['block_out'] * cls.writes,
-            *['stage_out'] * cls.joins_outputs
+            *cls.taps, *cls.trained_norms, *['block_out'] * cls.writes,
+            *['stage_out'] * (cls.joins_outputs or cls.replaces_outputs)
         ]
     if getattr(cls, 'no_merge', None) is not None:
         merges = cls.no_merge

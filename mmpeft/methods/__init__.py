@@ -13,6 +13,7 @@ from .e3va import E3VA
 from .fact import FacTTK, FacTTT
 from .full import Frozen, Full
 from .gps import GPS
+from .hst import HST
 from .hydra import Hydra
 from .ia3 import IA3
 from .last import LAST
@@ -38,5 +39,5 @@ __all__ = [
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
     'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH', 'SCT',
-    'GPS'
+    'GPS', 'HST'
 ]

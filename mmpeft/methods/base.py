@@ -70,6 +70,8 @@ class PEFTModule(Method, nn.Module):
     elementwise: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False
+    #: At ``tokens``: whether a side network reads what becomes of them.
+    asks: bool = False
     #: Why it cannot be folded into a stock layer; None if it can.
     no_merge: Optional[str] = 'it has a non-linearity of its own'
 

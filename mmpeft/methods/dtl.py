@@ -76,6 +76,7 @@ class DTL(SideNetwork):
     """
 
     key = 'dtl'
+    detaches = False
     joins_outputs = False
     writes = True
 

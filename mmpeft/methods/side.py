@@ -1,12 +1,12 @@
 """The third kind of method: a network that runs beside the backbone."""
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Tuple, Union
+from typing import Any, Callable, Dict, Tuple, Type, Union
 
 import torch.nn as nn
 from torch import Tensor
 
 from ..sites import TokenLayout
-from .base import Method
+from .base import Method, PEFTModule
 
 __all__ = ['SideNetwork', 'Trunk', 'TrunkBlock']
 
@@ -72,18 +72,34 @@ class SideNetwork(Method, nn.Module):
     it is: gradients pass through the blocks behind the first one it wrote to,
     and those before keep nothing.
 
+    One that :attr:`replaces_outputs` is all that is read of the backbone. It
+    has ``out_channels``, those of its maps.
+
     Args:
         trunk (Trunk): What it runs beside.
     """
 
-    #: Branch sites whose outputs :meth:`step` gets, before drop-path.
+    #: Branch sites whose outputs :meth:`step` gets, before drop-path and
+    #: detached; ``'tokens'`` for what became of the tokens of the block.
     taps: Tuple[str, ...] = ()
+    #: By site, the modules it has in each of its blocks.
+    attached: Dict[str, Type[PEFTModule]] = {}
+    #: Sites of its blocks whose stock norms train too.
+    trained_norms: Tuple[str, ...] = ()
+    #: Whether the stream is detached where it reads it.
+    detaches: bool = True
     #: Whether it has an :meth:`output`.
     joins_outputs: bool = True
     #: Whether it has a :meth:`write`.
     writes: bool = False
+    #: Whether it has :meth:`outputs`.
+    replaces_outputs: bool = False
+    #: Whether :meth:`start` gets what the backbone got, as a third argument.
+    reads_image: bool = False
     #: Whether it reads the H x W map and not only single tokens.
     needs_grid: bool = False
+    #: Whether it can run only beside a backbone of one stage.
+    one_stage: bool = False
     #: Whether the stock norms of the outputs train too.
     trains_out_norms: bool = False
     #: Why it cannot be folded into stock layers.
@@ -142,6 +158,14 @@ class SideNetwork(Method, nn.Module):
             block (TrunkBlock): Which one.
             y (Tensor): (B, N, d), what left it.
             layout (TokenLayout): How the tokens are arranged.
+        """
+        raise NotImplementedError
+
+    def outputs(self, u: Any) -> Tuple[Tensor, ...]:
+        """The maps (B, C, H, W) in the place of the backbone's outputs.
+
+        Args:
+            u: State after the last block.
         """
         raise NotImplementedError
 

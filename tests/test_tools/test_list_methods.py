@@ -46,7 +46,8 @@ def test_a_refusal_has_a_reason():
 
 
 def test_count_params_takes_every_name():
-    names = [r['method'] for r in list_methods()]
+    names = [r['method'] for r in list_methods() if not r['families']['Swin']]
+    assert len(names) > 30
     methods = [
         name + (f':{NARROW[name]}' if name in NARROW else '') for name in names
     ]

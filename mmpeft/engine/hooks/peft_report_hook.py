@@ -11,6 +11,7 @@ from ...counting import count_params, part_counts
 from ...delta_parts import unwrap
 from ...errors import PEFTError
 from ...frozen_warnings import collapse_frozen_warnings
+from ...readers import check_readers
 from ...registry import HOOKS
 from ...state import PEFTState, attached_modules
 
@@ -33,7 +34,9 @@ class PEFTReportHook(Hook):
             Defaults to 20.
 
     Raises:
-        PEFTError: After ``check_after`` iterations, as above.
+        PEFTError: After ``check_after`` iterations, as above; and before the
+            first one if a neck or head is made for other channels than a
+            method's outputs have.
     """
 
     # After the hooks that change the model, before the first iteration.
@@ -51,6 +54,7 @@ class PEFTReportHook(Hook):
     def before_run(self, runner) -> None:
         # Our tools have done this already; stock ones have not.
         check_config(runner.cfg)
+        check_readers(unwrap(runner.model))
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)

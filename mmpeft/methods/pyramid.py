@@ -1,0 +1,75 @@
+"""Parts of a small pyramid beside a backbone."""
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['Map', 'PyramidBlock', 'stem']
+
+
+class Map(nn.Module):
+    """A convolution and a norm: a map (B, C, H, W) -> (B, N, dims), (H, W).
+
+    Args:
+        conv (nn.Module): Makes the map.
+        dims (int): Its channels.
+    """
+
+    def __init__(self, conv: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.LayerNorm(dims)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+        x = self.conv(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
+
+
+def stem(dims: int) -> nn.Sequential:
+    """An image to a map of a quarter of its size."""
+    return nn.Sequential(
+        nn.Conv2d(3, dims, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(dims), nn.ReLU(inplace=True),
+        nn.Conv2d(dims, dims, 2, stride=2))
+
+
+class PyramidBlock(nn.Module):
+    """A block of the pyramid, beside one of the backbone::
+
+        m <- m + attention(norm1(m); t)        queries of m, the rest of t
+        m <- m + z
+        m <- m + mlp(norm2(m))
+
+    with the feature map ``z`` of the block, and ``t`` its token and the mean
+    of ``z``.
+
+    Args:
+        dims (int): Width ``w``.
+        num_heads (int): Heads of its attention.
+        mlp_ratio (float): Hidden channels of its MLP, as a multiple.
+    """
+
+    def __init__(self, dims: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dims, eps=1e-6)
+        self.q = nn.Linear(dims, dims)
+        self.k = nn.Linear(dims, dims)
+        self.v = nn.Linear(dims, dims)
+        self.proj = nn.Linear(dims, dims)
+        self.norm2 = nn.LayerNorm(dims, eps=1e-6)
+        self.fc1 = nn.Linear(dims, int(dims * mlp_ratio))
+        self.fc2 = nn.Linear(int(dims * mlp_ratio), dims)
+
+    def forward(self, m: Tensor, z: Tensor, token: Tensor) -> Tensor:
+        """(B, N, w), (B, N, w), (B, p, w) -> (B, N, w)"""
+        seen = torch.cat([token, z.mean(dim=1, keepdim=True)], dim=1)
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t in (self.q(self.norm1(m)), self.k(seen), self.v(seen)))
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1]**-.5).softmax(-1)
+        branch = (weights @ v).transpose(1, 2).flatten(2)
+        m = m + self.proj(branch) + z
+        return m + self.fc2(F.gelu(self.fc1(self.norm2(m))))
