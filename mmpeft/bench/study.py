@@ -44,7 +44,8 @@ class Study:
         self.launcher = launcher
         self.tell = tell
         self.running: Dict[str, CellRun] = {}
-        self.began: Dict[str, float] = {}
+        # Also those that have no process yet.
+        self._active: set = set()
         self._changed = threading.Condition()
         self._stopped = False
         self._deadline: Optional[float] = None
@@ -69,9 +70,9 @@ class Study:
                 if cell is not None:
                     self.table.put(
                         self.table.make(cell, status='running', started=utc()))
-                    self.began[cell.name] = time.monotonic()
+                    self._active.add(cell.name)
                     return cell
-                if not self.began:
+                if not self._active:
                     return None
                 self._changed.wait()
 
@@ -84,7 +85,7 @@ class Study:
             finally:
                 with self._changed:
                     self.running.pop(cell.name, None)
-                    self.began.pop(cell.name, None)
+                    self._active.discard(cell.name)
                     # Stopped: the next call goes on.
                     self.table.put(
                         row or self.table.make(cell, status='waiting'))

@@ -111,9 +111,12 @@ def test_killed_at_random_moments(tmp_path):
             Mona='Mona:dim=4', LoRA='LoRA:rank=2', Refused='LoRA:targets=[x]'),
         costs=dict(image_size=(36, 44), batch_size=2, repeats=1))
     whole, out = tmp_path / 'whole', tmp_path / 'out'
+    began = time.monotonic()
     finish(bench(plan, 'run', '--work-dir', str(whole)))
+    took = time.monotonic() - began
     draw, kills = random.Random(1), 0
-    while killed(plan, out, lambda p: time.sleep(draw.uniform(8, 30))):
+    while killed(plan, out,
+                 lambda p: time.sleep(took * draw.uniform(.02, .4))):
         kills += 1
         assert kills < 60
     finish(bench(plan, 'run', '--work-dir', str(out)))
