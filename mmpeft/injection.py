@@ -18,7 +18,7 @@ from .state import PEFTState, guard
 
 __all__ = ['PEFTBackbone', 'Prepared', 'eject', 'inject', 'prepare']
 
-DEFAULT_MEMORY = 'stock'
+DEFAULT_MEMORY = 'fast'
 MethodCfg = Union[dict, str, Sequence[Union[dict, str]]]
 
 

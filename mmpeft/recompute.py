@@ -103,22 +103,24 @@ def pass_on(tensor: Tensor) -> None:
         recipes.pass_on(tensor)
 
 
-def recipes_for(memory: str, x: Tensor) -> ContextManager:
+def recipes_for(memory: str, x: Tensor, checkpointed: bool) -> ContextManager:
     """A context for the forward of a block.
 
-    Where it cannot work it does nothing: without gradients, while
-    ``torch.compile`` traces (which decides itself what to keep), and inside
-    other hooks for what autograd keeps, such as those of checkpointing, which
-    would see nothing any more.
+    Inside other hooks for what autograd keeps there are no recipes: those of
+    checkpointing, or of a user, would see nothing any more. Without
+    gradients, and while ``torch.compile`` traces (which decides itself what
+    to keep), everything is as in stock code.
 
     Args:
         memory (str): One of ``MEMORY``.
         x (Tensor): What enters the block.
+        checkpointed (bool): Whether the block is.
     """
-    if memory == 'stock' or not torch.is_grad_enabled() or _is_compiling() \
-            or _has_hooks():
+    if memory == 'stock' or not torch.is_grad_enabled() or _is_compiling():
         return nullcontext()
-    return Recipes(x, memory == 'lean')
+    if checkpointed or _has_hooks():
+        return NoRecipes(x, lean=False)
+    return Recipes(x, lean=memory == 'lean')
 
 
 def _is_compiling() -> bool:
@@ -132,7 +134,7 @@ def _is_compiling() -> bool:
 def _has_hooks() -> bool:
     # torch 2.1 cannot tell; there blocks see to it that they do not nest.
     top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    return current() is None and top is not None and top(True) is not None
+    return top is not None and top(True) is not None
 
 
 class Recipe:
@@ -253,6 +255,23 @@ class Recipes:
         recipe.left = recipe.places
         offset = tensor.storage_offset() - whole.storage_offset()
         return recipe, tensor.size(), tensor.stride(), offset
+
+
+class NoRecipes(Recipes):
+    """For a forward that computes in the same way, but keeps everything."""
+
+    def __enter__(self) -> 'Recipes':
+        self._outer, _LOCAL.recipes = current(), self
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _LOCAL.recipes = self._outer
+
+    def add(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        """Nothing is written down."""
+
+    def expect(self, role: str, make: Callable[[nn.Module], Tensor]) -> None:
+        """Nothing is expected."""
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -94,13 +94,19 @@ class BlockPEFT(nn.ModuleDict):
         if self.stream is not None:
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None
-        if with_cp and torch.is_grad_enabled():
-            y, tokens = checkpoint(
-                forward, x, tokens, layout, *args, use_reentrant=False)
-        else:
-            with recipes_for(self.memory, x):
-                y, tokens = forward(x, tokens, layout, *args)
+        with_cp = with_cp and torch.is_grad_enabled()
+
+        def run(x: Tensor, *others: Any) -> Tuple:
+            with recipes_for(self.memory, x, with_cp):
+                y, tokens = forward(x, *others)
                 pass_on(y)
+            return y, tokens
+
+        if with_cp:
+            y, tokens = checkpoint(
+                run, x, tokens, layout, *args, use_reentrant=False)
+        else:
+            y, tokens = run(x, tokens, layout, *args)
         if self.stream is not None:
             # Taken away, so that recomputing in backward records nothing.
             taps, self.tapped = self.tapped, None
