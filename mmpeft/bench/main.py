@@ -5,6 +5,7 @@ import os
 import os.path as osp
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from typing import Any, Dict, Iterator, List
 
@@ -34,7 +35,10 @@ def main(args: Namespace) -> None:
     # Tables go to standard output, the rest to standard error.
     console = Console(stderr=True)
     if args.action in ('run', 'all'):
-        run_plan(plan, folder, args, console)
+        # Libraries print, and warn of optional packages.
+        warnings.simplefilter('ignore')
+        with contextlib.redirect_stdout(sys.stderr):
+            run_plan(plan, folder, args, console)
     if args.action != 'report':
         show_status(plan, folder, args.json)
     if args.action in ('report', 'all'):

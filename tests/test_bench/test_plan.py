@@ -1,4 +1,7 @@
 """Plans: what they mean, and what is refused before anything runs."""
+import subprocess
+import sys
+
 import pytest
 from bench_parts import write_plan, write_python
 
@@ -76,6 +79,12 @@ def test_options_of_the_command_line(tmp_path, config):
 def test_mistakes(tmp_path, config, values, message):
     with pytest.raises(PEFTError, match=message):
         load_plan(write_plan(tmp_path, config, **values))
+
+
+def test_nobody_else_needs_it():
+    code = ('import sys, mmpeft, mmpeft.engine.run, mmpeft.injection\n'
+            "assert not [m for m in sys.modules if 'mmpeft.bench' in m]")
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_no_such_plan():
