@@ -49,7 +49,7 @@ class _ScaledNormLinear(Function):
                                                 eps)
         ctx.save_for_backward(y, mean, rstd, scale, shift, skip, weight)
         ctx.eps = eps
-        return F.linear(u.addcmul_(y, skip), weight, bias)
+        return F.linear(u.addcmul_(y.to(u), skip.to(u)), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -74,5 +74,5 @@ class _ScaledNormLinear(Function):
             du = (dt @ weight.to(dt)).view_as(y).to(y)
             grads[0] = torch.ops.aten.native_layer_norm_backward(
                 du, y, scale.shape, mean, rstd, scale, shift,
-                [True, False, False])[0].addcmul_(du, skip)
+                [True, False, False])[0].addcmul_(du, skip.to(du))
         return tuple(grads)
