@@ -90,9 +90,12 @@ def benchmark(config: str,
         rows.append(_describe(config, case, subject, settings))
     if settings.repeats:
         time_steps(rows, subjects, settings, progress)
+    no_latency = stock.why_no_latency()
     for row, subject in zip(rows, subjects):
+        row['no_latency'] = no_latency
         progress(f'latency of {row["method"]}')
-        time_latency(row, subject, stock, settings)
+        if no_latency is None:
+            time_latency(row, subject, stock, settings)
     for row in rows:
         _compare(row, rows[0])
     return rows
@@ -158,7 +161,11 @@ def _describe(config: str, case: Case, subject: Subject,
         output_bytes=kept.outputs,
         peak_bytes=_peak(step))
     row.update(dict.fromkeys((*TIMES, *RATIOS)))
-    row.update(not_merged=None, not_folded=None, settings=settings.to_dict())
+    row.update(
+        no_latency=None,
+        not_merged=None,
+        not_folded=None,
+        settings=settings.to_dict())
     return row
 
 

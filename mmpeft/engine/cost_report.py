@@ -50,7 +50,8 @@ def print_table(rows: Sequence[Dict[str, Any]]) -> None:
     for config in dict.fromkeys(r['config'] for r in rows):
         own = [r for r in rows if r['config'] == config]
         _print_rows(console, config, own)
-    for name, what in (('not_merged', 'Not merged'), ('not_folded',
+    for name, what in (('no_latency', 'No latency'),
+                       ('not_merged', 'Not merged'), ('not_folded',
                                                       'Not folded')):
         reasons: Dict[str, List[str]] = {}
         for row in rows:
@@ -97,7 +98,8 @@ def _print_rows(console: Console, config: str,
             ('step s', lambda r: f'{r["step_s"]:.4g}'),
             ('/ Full (from - to)', _step_ratio),
             ('forward s', lambda r: f'{r["forward_s"]:.4g}'),
-            ('latency s', lambda r: f'{r["latency_s"]:.4g}'),
+            ('latency s', lambda r: '-'
+             if r['latency_s'] is None else f'{r["latency_s"]:.4g}'),
             ('/ stock', lambda r: _ratio(r['ratio_latency'])),
             ('merged', lambda r: _ratio(r['ratio_latency_merged'])),
             ('folded', lambda r: _ratio(r['ratio_latency_folded'])),

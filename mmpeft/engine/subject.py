@@ -1,11 +1,13 @@
 """Models that are measured, with what they are measured on."""
 import copy
 import inspect
-from typing import Any, Optional
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import Tensor
@@ -43,7 +45,10 @@ class Subject:
         self.settings = settings
         self.whole = not settings.backbone_only
         torch.manual_seed(0)
-        model = build_model(cfg) if self.whole else build_backbone(cfg, at)
+        # Some losses ask for the epoch, which a runner says.
+        MessageHub.get_current_instance().update_info('epoch', 0)
+        with explained('cannot be built', cfg.model['type'], settings):
+            model = build_model(cfg) if self.whole else build_backbone(cfg, at)
         model = revert_sync_batchnorm(model)
         self.model = model.to(settings.device, DTYPES[settings.dtype])
         if base is not None:
@@ -76,7 +81,10 @@ class Subject:
         Raises:
             PEFTError: If the model does not run on what was generated.
         """
-        try:
+        height, width = self.settings.image_size
+        with explained(
+                f'does not run a step on generated images of {height} x '
+                f'{width}', self.model, self.settings):
             step = TrainStep(
                 self.trained,
                 *self.inputs,
@@ -86,19 +94,6 @@ class Subject:
             if loss.requires_grad:
                 loss.backward()
             self.trained.zero_grad(set_to_none=True)
-        except PEFTError:
-            raise
-        except Exception as error:
-            height, width = self.settings.image_size
-            what = type(self.model).__name__
-            way_out = 'another --image-size'
-            if self.whole:
-                way_out += ', or --backbone-only'
-            line = ' '.join(str(error).split())[:300]
-            raise PEFTError(
-                f'A step of {what} on generated images of {height} x {width} '
-                f'failed ({type(error).__name__}: {line}); try '
-                f'{way_out}.') from error
 
     @torch.no_grad()
     def infer(self, model: Optional[nn.Module] = None) -> Any:
@@ -113,11 +108,45 @@ class Subject:
                 return model(**self.inputs[0], mode='tensor')
             return model(*self.inputs)
 
+    def why_no_latency(self) -> Optional[str]:
+        """None if the model runs for inference without what follows the
+        network, as a few detectors do not."""
+        self.model.eval()
+        try:
+            self.infer()
+        except Exception as error:
+            line = ' '.join(str(error).split())[:300]
+            return f'{type(error).__name__}: {line}'
+        finally:
+            self.model.train()
+        return None
+
     def copy(self) -> nn.Module:
         """The model in evaluation mode, to be merged or folded."""
         model = copy.deepcopy(self.model)
         model.eval()
         return model
+
+
+@contextmanager
+def explained(what: str, model: Any, settings: Settings) -> Iterator[None]:
+    """Turn the error of a library into one sentence.
+
+    Raises:
+        PEFTError: If anything is raised inside.
+    """
+    try:
+        yield
+    except PEFTError:
+        raise
+    except Exception as error:
+        name = model if isinstance(model, str) else type(model).__name__
+        line = ' '.join(str(error).split())[:300]
+        way_out = 'try another config or --image-size' \
+            if settings.backbone_only else \
+            'measure the backbone with --backbone-only'
+        raise PEFTError(f'{name} {what} ({type(error).__name__}: {line}); '
+                        f'{way_out}.') from error
 
 
 class WithLoss(nn.Module):

@@ -106,6 +106,20 @@ def test_whole_model(config):
     assert lora['not_merged'] is None
 
 
+def test_a_model_without_a_plain_forward_has_no_latency(config, monkeypatch):
+
+    def infer(self, model=None):
+        raise TypeError('an argument is missing')
+
+    monkeypatch.setattr(Subject, 'infer', infer)
+    settings = Settings(2, SIZE, 1, backbone_only=True)
+    rows = benchmark(config, (), settings)
+    for row in rows:
+        assert row['no_latency'] == 'TypeError: an argument is missing'
+        assert row['latency_s'] is None and row['step_s'] > 0
+    print_table(rows)
+
+
 def test_checkpointing_is_compared_with_full_without(config):
     settings = Settings(2, SIZE, 0, backbone_only=True, with_cp=True)
     rows = benchmark(config, ['LNTune'], settings)
@@ -179,12 +193,21 @@ def test_a_classifier():
 
 
 def test_a_model_that_does_not_run_is_one_sentence(config):
-    with pytest.raises(PEFTError, match='failed .*--backbone-only') as error:
+    with pytest.raises(
+            PEFTError, match='does not run a step.*--backbone-only') as error:
         benchmark(
             config, (),
             Settings(2, SIZE, 0),
             options=['model.decode_head.in_channels=[16,30]'])
     assert '\n' not in str(error.value)
+
+
+def test_a_model_that_cannot_be_built_is_one_sentence(config):
+    with pytest.raises(PEFTError, match='EncoderDecoder cannot be built'):
+        benchmark(
+            config, (),
+            Settings(2, SIZE, 0),
+            options=['model.decode_head.channels=x'])
 
 
 def test_a_library_without_labels(config, tmp_path):

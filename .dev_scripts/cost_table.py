@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Fills the tables of docs/en/cost.md from results of tools/benchmark.py.
+
+    .venv/bin/python tools/benchmark.py CONFIG ... --json > docs/en/cost/X.json
+    .venv/bin/python .dev_scripts/cost_table.py           # writes the page
+    .venv/bin/python .dev_scripts/cost_table.py --check   # only says whether
+
+A table stands between the lines ``<!-- cost: X.json -->`` and
+``<!-- end of X.json -->`` of the page, with the file in the folder ``cost``
+beside it. Where the file is missing, the page says that nothing was measured.
+"""
+import argparse
+import json
+import os.path as osp
+import re
+import sys
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from mmpeft.bench.markdown import table  # noqa: E402
+from mmpeft.methods.side import SideNetwork  # noqa: E402
+from mmpeft.plan import parse_methods  # noqa: E402
+
+PAGE = osp.join(ROOT, 'docs', 'en', 'cost.md')
+MIB = 2**20
+MARKS = re.compile(
+    r'(<!-- cost: (?P<name>[\w.-]+) -->\n)(?P<old>.*?)'
+    r'(\n<!-- end of (?P=name) -->)', re.DOTALL)
+# Shares of a step of full fine-tuning, and of the bytes it keeps, as argued
+# in the section on floors of the page.
+STEP = dict(all=1., through=2 / 3, beside=1 / 3, none=1 / 3)
+SAVED = dict(stock=10.5 / 17.5, fast=9 / 17.5, lean=5 / 17.5)
+
+
+def path_of(method):
+    """How far gradients go back: ``all`` of training everything, ``through``
+    the frozen blocks, ``beside`` them, ``none``, or through a ``part``."""
+    plans = parse_methods(method)
+    names = {plan.cls.__name__ for plan in plans}
+    if names == {'Full'}:
+        return 'all'
+    if names == {'Frozen'}:
+        return 'none'
+    networks = [p for p in plans if issubclass(p.cls, SideNetwork)]
+    if 'Partial' in names or any(p.layers is not None
+                                 for p in plans) or any(p.cls.writes
+                                                        for p in networks):
+        return 'part'
+    return 'beside' if len(networks) == len(plans) else 'through'
+
+
+def floor_of_bytes(row):
+    """What is left of Full's bytes in the arithmetic of a block; None where
+    it says nothing."""
+    path = path_of(row['method'])
+    if row['with_cp']:
+        return None
+    if path == 'through':
+        return SAVED.get(row['memory'])
+    return dict(all=1., none=0.).get(path)
+
+
+def number(value, digits=2):
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def from_to(row):
+    """A ratio of steps, with the smallest and the largest round."""
+    if row['ratio_step'] is None:
+        return ''
+    low, high = row['ratio_step_spread']
+    return f'{row["ratio_step"]:.2f} ({low:.2f}-{high:.2f})'
+
+
+def rendered(rows):
+    """The table of one file, under a line that says how it was measured."""
+    columns = {
+        'method': lambda r: r['method'],
+        'memory': lambda r: r['memory'] + ', with_cp' * r['with_cp'],
+        'trains': lambda r: f'{r["backbone_trainable"] / 1e6:.3f} M',
+        'kept, MiB': lambda r: f'{r["saved_bytes"] / MIB:.0f}',
+        '/ Full': lambda r: number(r['ratio_saved'], 3),
+        'floor': lambda r: number(floor_of_bytes(r)),
+        'step, s': lambda r: number(r['step_s'], 3),
+        'step / Full': from_to,
+        'floor of it': lambda r: number(STEP.get(path_of(r['method']))),
+        'latency / stock': lambda r: number(r['ratio_latency']),
+        'merged': lambda r: number(r['ratio_latency_merged']),
+        'folded': lambda r: number(r['ratio_latency_folded'])
+    }
+    if any(r['peak_bytes'] is not None for r in rows):
+        columns['peak, MiB'] = lambda r: f'{r["peak_bytes"] / MIB:.0f}'
+        columns['peak / Full'] = lambda r: number(r['ratio_peak'], 3)
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    how = rows[0]['settings']
+    height, width = how['image_size']
+    parts = [
+        'backbone' if how['backbone_only'] else 'whole model',
+        f'batch of {how["batch_size"]} x {height} x {width}',
+        how['dtype'] + (f' with {how["amp"]} autocast' if how['amp'] else ''),
+        how['device'], f'{how["threads"]} threads', f'torch {how["torch"]}',
+        f'{how["repeats"]} rounds', f'{how["clock"]} clock'
+    ]
+    configs = ', '.join(dict.fromkeys(f'`{r["config"]}`' for r in rows))
+    return f'{configs}: {", ".join(parts)}.\n\n' + table(list(columns), cells)
+
+
+def filled(page, folder):
+    """The page with its tables."""
+
+    def fill(match):
+        path = osp.join(folder, match['name'])
+        text = 'Not measured yet.'
+        if osp.isfile(path):
+            with open(path, encoding='utf-8') as file:
+                text = rendered(json.load(file))
+        return f'{match[1]}\n{text}\n{match[4]}'
+
+    return MARKS.sub(fill, page)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('page', nargs='?', default=PAGE)
+    parser.add_argument('--check', action='store_true')
+    args = parser.parse_args()
+    with open(args.page, encoding='utf-8') as file:
+        old = file.read()
+    new = filled(old, osp.join(osp.dirname(args.page), 'cost'))
+    if args.check:
+        if new != old:
+            sys.exit(f'{args.page} is not what its results give; run '
+                     '.dev_scripts/cost_table.py')
+        return
+    with open(args.page, 'w', encoding='utf-8') as file:
+        file.write(new)
+
+
+if __name__ == '__main__':
+    main()
