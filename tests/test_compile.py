@@ -7,7 +7,8 @@ from conftest import build_pair, perturb
 @pytest.mark.slow
 @pytest.mark.parametrize('method', [
     'LoRA:rank=2,targets=[q,k,v,proj,fc1,fc2]',
-    'Mona:dim=4+VPTDeep:num_tokens=2'
+    'Mona:dim=4+VPTDeep:num_tokens=2',
+    'SCT:num_channels=4+GPS:num_inputs=2',
 ])
 def test_same_numbers(kind, method, image):
     """Of the graphs that torch takes; no compiler of C++ is asked for."""

@@ -16,6 +16,8 @@ from .calibrated import Calibrated
 
 __all__ = ['GPS']
 
+#: Entries of a row up to which each is a gather of its own.
+FEW = 3
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
 
@@ -105,19 +107,17 @@ class GPS(Calibrated):
         if layer.weight[0].numel() == x.shape[-1]:
             return SparseProduct.apply(x, y, self.values, self.index)
         # A stem: (B, H, W, C) -> (B, C, H, W), and back
-        kernel = self.added(layer.weight.flatten(1)).view_as(layer.weight)
+        kernel = dense(self.values, self.index, self.num_candidates)
+        kernel = kernel.view_as(layer.weight)
         added = layer._conv_forward(x.movedim(-1, 1), kernel, None)
         return y + added.movedim(1, -1).to(y.dtype)
 
-    def added(self, like: Tensor) -> Tensor:
-        """What is added to the weight, (out_dims, in_dims)."""
-        return torch.zeros_like(like).scatter_add(1, self.index.long(),
-                                                  self.values.to(like.dtype))
-
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
-        return weight + self.added(weight) if self.is_calibrated else weight, \
-            bias
+        if self.is_calibrated:
+            values = self.values.to(weight)
+            weight = weight + dense(values, self.index, weight.shape[1])
+        return weight, bias
 
     @property
     def num_candidates(self) -> int:
@@ -138,14 +138,17 @@ class GPS(Calibrated):
 class SparseProduct(Function):
     """``y + S x`` for a matrix S with the same few entries in each row.
 
-    Keeps ``x`` alone.
+    Keeps ``x`` alone. With more than :data:`FEW` entries a product with a
+    dense S takes less time than one for each.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, values: Tensor,
                 index: Tensor) -> Tensor:
         ctx.save_for_backward(x, values, index)
-        ctx.dtypes = x.dtype, values.dtype
+        if values.shape[1] > FEW:
+            weight = dense(values, index, x.shape[-1])
+            return y + (x.to(weight.dtype) @ weight.t()).to(y.dtype)
         for value, inputs in zip(values.t(), index.t()):
             y = y + (x.index_select(-1, inputs) * value).to(y.dtype)
         return y
@@ -154,18 +157,33 @@ class SparseProduct(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple:
         x, values, index = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        few = values.shape[1] <= FEW
+        # (tokens, out_dims), (tokens, in_dims)
+        flat, rows = (t.flatten(0, -2).to(values.dtype) for t in (grad, x))
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
-            # Transposed, as rows can be added at once.
-            total = flat.new_zeros(x.shape[-1], len(flat), dtype=values.dtype)
-            for value, inputs in zip(values.t(), index.t()):
-                total.index_add_(0, inputs, (flat * value).t().contiguous())
-            # GELU of torch 2.1 reads other strides as if they were these.
-            grad_x = total.t().contiguous().view(x.shape).to(ctx.dtypes[0])
+            if few:
+                # Transposed, as rows can be added at once.
+                total = flat.new_zeros(rows.shape[::-1])
+                for value, inputs in zip(values.t(), index.t()):
+                    total.index_add_(0, inputs,
+                                     (flat * value).t().contiguous())
+                # GELU of torch 2.1 takes any strides for those of rows.
+                total = total.t().contiguous()
+            else:
+                total = flat @ dense(values, index, x.shape[-1])
+            grad_x = total.view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            rows = x.flatten(0, -2)
-            columns = [(flat * rows.index_select(-1, inputs)).sum(
-                0, dtype=values.dtype) for inputs in index.t()]
-            grad_values = torch.stack(columns, 1)
+            if few:
+                grad_values = torch.stack(
+                    [(flat * rows.index_select(-1, inputs)).sum(0)
+                     for inputs in index.t()], 1)
+            else:
+                grad_values = (flat.t() @ rows).gather(1, index.long())
         return grad_x, grad, grad_values, None
+
+
+def dense(values: Tensor, index: Tensor, in_dims: int) -> Tensor:
+    """The matrix with these entries, (out_dims, in_dims)."""
+    zeros = values.new_zeros(len(values), in_dims)
+    return zeros.scatter_add(1, index.long(), values)
