@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mmpeft.ops import (activate, depthwise, gelu_dropout, scaled_norm_linear,
-                        window_attention)
+from mmpeft.ops import (activate, depthwise, gelu_dropout, scale_shift,
+                        scaled_norm_linear, window_attention)
 from mmpeft.recompute import Recipes
 
 
@@ -76,6 +76,15 @@ def test_scaled_norm_linear():
         return u @ weight.t() + bias
 
     compare(lambda *a: scaled_norm_linear(*a, 1e-5), plain, inputs)
+
+
+@pytest.mark.parametrize('chunk', [1, 60, 2**20])
+def test_scale_shift(chunk, monkeypatch):
+    module = importlib.import_module('mmpeft.ops.scale_shift')
+    monkeypatch.setattr(module, 'CHUNK_BYTES', chunk)
+    torch.manual_seed(0)
+    compare(scale_shift, lambda y, s, t: y * s + t,
+            (drawn(2, 3, 5), drawn(5), drawn(5)))
 
 
 @pytest.mark.parametrize('size', [3, 5, 7])

@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..ops import scale_shift
+from ..recompute import current
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule
@@ -52,7 +54,10 @@ class SSF(PEFTModule):
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
         # In the precision of y: autocast would make every map float32 again.
-        return y * self.scale.to(y.dtype) + self.shift.to(y.dtype)
+        scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
+        if current() is None:
+            return y * scale + shift
+        return scale_shift(y, scale, shift)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

@@ -1,10 +1,11 @@
 """Exact rearrangements that keep less for backward, or take less time."""
 from .depthwise import depthwise
 from .dropped import activate, gelu_dropout
+from .scale_shift import scale_shift
 from .scaled_norm import scaled_norm_linear
 from .window_attention import window_attention
 
 __all__ = [
-    'activate', 'depthwise', 'gelu_dropout', 'scaled_norm_linear',
-    'window_attention'
+    'activate', 'depthwise', 'gelu_dropout', 'scale_shift',
+    'scaled_norm_linear', 'window_attention'
 ]
