@@ -111,7 +111,8 @@ def walk_grid(task: Task,
     if not cells:
         return [], []
     scores = {
-        i: results[c.name]['tune'][task.metric]
+        i:
+        results[c.name]['tune'][task.metric]
         if results[c.name]['status'] == 'done' else None
         for i, c in enumerate(cells) if c.name in results
     }

@@ -61,7 +61,7 @@ def test_options_of_the_command_line(tmp_path, config):
 
 
 @pytest.mark.parametrize('values, message', [
-    (dict(methos=['Mona']), "'methos'.*mean 'methods'"),
+    (dict(seed=3), "'seed'.*mean 'seeds'"),
     (dict(methods=['Moan']), "no method 'Moan'"),
     (dict(methods={
         'a b': 'LoRA',
