@@ -18,8 +18,11 @@ def scaled_norm_linear(y: Tensor, scale: Tensor, shift: Tensor, skip: Tensor,
         t = W u + b
 
     Kept are ``y`` and two numbers per token. With ``G = dt^T n`` and
-    ``H = dt^T y``, both as small as ``W``, no map of full width but the
-    gradient of ``y`` itself is made::
+    ``H = dt^T y``, both as small as ``W`` and products with ``y`` alone::
+
+        G = (dt / std)^T y - (sum of dt mean / std) 1^T
+
+    no map of full width but the gradient of ``y`` is made::
 
         dW = G scale + (sum dt) shift^T + H skip
         dscale = columns of W * G,  dskip = columns of W * H
@@ -57,11 +60,10 @@ class _ScaledNormLinear(Function):
         y, mean, rstd, scale, shift, skip, weight = ctx.saved_tensors
         # The GEMMs in the precision of the gradient, which autocast chose.
         dt = grad.flatten(0, -2)
-        normed = torch.native_layer_norm(y, scale.shape, None, None,
-                                         ctx.eps)[0]
-        by_norm = (dt.t() @ normed.flatten(0, -2).to(dt)).to(weight)
-        by_skip = (dt.t() @ y.flatten(0, -2).to(dt)).to(weight)
-        del normed
+        rstd_dt = dt * rstd.view(-1, 1).to(dt)
+        both = torch.cat([rstd_dt, dt], dim=1).t() @ y.flatten(0, -2).to(dt)
+        by_norm, by_skip = both.to(weight).chunk(2)
+        by_norm = by_norm - (mean.view(1, -1).to(dt) @ rstd_dt).t().to(weight)
         total = dt.sum(0).to(weight)
         grads = [
             None, (weight * by_norm).sum(0), total @ weight,
