@@ -3,12 +3,15 @@ import contextlib
 import io
 import statistics
 import time
+from functools import partial
 from typing import Dict, List
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+
+from mmpeft.engine.measure import kept_by_forward
 
 BATCH_SIZE = 8
 STEPS = 7
@@ -34,28 +37,12 @@ def loss_of(model: torch.nn.Module, batch: Dict) -> torch.Tensor:
 def saved_bytes(model: torch.nn.Module, batch: Dict) -> int:
     """Bytes that one training forward keeps for the backward.
 
-    Every storage autograd saves, counted once; parameters and buffers are
-    not counted. Another machine gives the same number.
+    Every storage it makes that is alive behind it, whoever holds it. Another
+    machine gives the same number.
     """
-    own = {
-        t.untyped_storage().data_ptr()
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    saved: Dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        # The loss is kept alive, so that no address is used twice.
-        loss = loss_of(model, batch)
-        total = sum(saved.values())
-    del loss
-    return total
+    loss_of(model, batch)
+    return kept_by_forward(partial(loss_of, model), batch).saved
 
 
 def step_seconds(models: List[torch.nn.Module],

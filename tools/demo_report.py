@@ -151,8 +151,8 @@ def report(args: Namespace, runs: Dict[str, List[Dict]], names: Dict[str, str],
     caption = (f'Seeds {seeds}, target validation. Neck and heads ({heads:,} '
                'parameters) start fresh and train in every row. PPT: of mask '
                'mAP. CPU s / step '
-               'and kept for backward: a step on one core, and what autograd '
-               f'saves for it, batch {BATCH_SIZE}, whole detector.')
+               'and kept for backward: a step on one core, and what is alive '
+               f'behind its forward, batch {BATCH_SIZE}, whole detector.')
     if args.fast:
         caption = f'A smoke test (--fast), meaningless numbers. {caption}'
     write_table(results, caption, args.work_dir / 'table.md', console)
