@@ -42,10 +42,9 @@ class JoinedWindowMSA(JoinedWindows):
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B * windows, N, C) -> (B * windows, N, C)"""
-        if self.joined is not None:
+        if self.joined is not None or not self.fuses:
             return self.attend(x, lambda scores, q: self.place(scores, mask))
-        drops = self.training and self.attn_drop.p > 0
-        if current() is None or drops or not self.fuses:
+        if current() is None or self.training and self.attn_drop.p > 0:
             return super().forward(x, mask)
         size = x.shape[1]
         bias = self.position_bias().view(size, size, -1).permute(2, 0, 1)
