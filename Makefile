@@ -10,9 +10,10 @@ MAKE_ENV := $(or $(STARTER),echo 'Python 3.11 is needed and no Python 3 was \
 	found; install it with its headers.' >&2; exit 2; :) \
 	.dev_scripts/make_env.py
 
-# e.g. make test TESTS="tests/test_merge.py" PYTEST_ARGS="-x -k lora"
+# e.g. make test TESTS="tests/test_merge.py" PYTEST_ARGS="-x -k lora"; without
+# arguments two processes share the test files
 TESTS ?= tests
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 
 .PHONY: help demo test test-classic lint format env env-classic env-lint \
