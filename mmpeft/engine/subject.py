@@ -12,6 +12,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import Tensor
 
+from ..calibration import calibrate
 from ..errors import PEFTError
 from ..registry import MODELS
 from .count import build_model
@@ -85,6 +86,10 @@ class Subject:
         with explained(
                 f'does not run a step on generated images of {height} x '
                 f'{width}', self.model, self.settings):
+            # Some methods choose what trains by a look at the images.
+            calibrate(self.trained, [self.inputs],
+                      lambda model, inputs: self.loss_of(model(*inputs)),
+                      lambda model, inputs: None)
             step = TrainStep(
                 self.trained,
                 *self.inputs,
