@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip('mmseg')
 
 from bench_parts import ENV, write_config, write_plan  # noqa: E402
 
+from mmpeft.bench.main import main  # noqa: E402
 from mmpeft.bench.table import read_rows  # noqa: E402
 from mmpeft.delta_file import read_delta  # noqa: E402
 
@@ -35,10 +37,27 @@ def bench(plan, *arguments, **kwargs):
         **kwargs)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
+def here(plan, out, action='run', **options):
+    """The same in this process, which has imported everything."""
+    main(
+        Namespace(
+            **{
+                **dict(
+                    plan=plan,
+                    work_dir=str(out),
+                    action=action,
+                    cfg_options=[],
+                    data_root=None,
+                    launcher='none',
+                    ranks=1,
+                    srun_args=None,
+                    amp=False,
+                    jobs=2,
+                    budget=None,
+                    retry_failed=False,
+                    json=False),
+                **options
+            }))
 
 
 def table(folder):
@@ -61,26 +80,36 @@ def killed(plan, out, when):
     return alive
 
 
-def test_a_plan_trains(tmp_path):
-    """Killed once, after the first checkpoint of Mona."""
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for key, value in ENV.items():
+        monkeypatch.setenv(key, value)
+
+
+def test_a_plan_trains(tmp_path, capsys):
+    """Killed once, after the second checkpoint of Mona."""
     plan = write_plan(
         tmp_path,
-        methods=dict(Mona='Mona:dim=4'),
+        methods=dict(Mona='Mona:dim=4', Full='Full', Frozen='Frozen'),
         seeds=(0, ),
         tuning=dict(lrs=(1e-2, )))
     base = tmp_path / 'base.pth'
     before = hashlib.sha256(base.read_bytes()).hexdigest()
     whole, out = tmp_path / 'whole', tmp_path / 'out'
-    finish(bench(plan, 'run', '--work-dir', str(whole)))
+    here(plan, whole)
 
-    def first_checkpoint(process):
+    def second_checkpoint(process):
         while process.poll() is None and not list(
-                out.glob('cells/*Mona*/run/iter_2.pth')):
+                out.glob('cells/*Mona*/run/iter_4.pth')):
             time.sleep(.02)
 
-    killed(plan, out, first_checkpoint)
-    assert 'Mona' in finish(bench(plan, 'status', '--work-dir', str(out)))
-    finish(bench(plan, 'run', '--work-dir', str(out)))
+    killed(plan, out, second_checkpoint)
+    record = out / 'cells/seg_Mona_final_seed0/run/record.json'
+    halfway = not record.exists()
+    capsys.readouterr()
+    here(plan, out, 'status')
+    assert '0/1' in capsys.readouterr().out
+    here(plan, out)
     rows = table(out)
     assert rows == table(whole)
     assert {r['status'] for r in rows.values()} == {'done'}
@@ -89,6 +118,8 @@ def test_a_plan_trains(tmp_path):
     assert row['backbone_trainable'] > 0 < row['head_trainable']
     assert rows['seg_Frozen_final_seed0']['ppt'] == \
         rows['seg_Frozen_final_seed0']['metric']
+    # It went on, and did not begin again.
+    assert not halfway or json.loads(record.read_text())['steps'] < 6
     # Deltas only, of the base as it was.
     work_dir = out / row['work_dir'] / 'run'
     assert not list(out.rglob('*.pth'))
@@ -96,8 +127,9 @@ def test_a_plan_trains(tmp_path):
     assert delta.stat().st_size == row['delta_bytes']
     assert any('.peft.' in key for key in read_delta(str(delta))[0])
     assert hashlib.sha256(base.read_bytes()).hexdigest() == before
-    said = finish(bench(plan, 'status', '--json', '--work-dir', str(out)))
-    assert len(json.loads(said)) == 3
+    capsys.readouterr()
+    here(plan, out, 'status', json=True)
+    assert len(json.loads(capsys.readouterr().out)) == 3
 
 
 @pytest.mark.slow
@@ -112,14 +144,14 @@ def test_killed_at_random_moments(tmp_path):
         costs=dict(image_size=(36, 44), batch_size=2, repeats=1))
     whole, out = tmp_path / 'whole', tmp_path / 'out'
     began = time.monotonic()
-    finish(bench(plan, 'run', '--work-dir', str(whole)))
+    here(plan, whole)
     took = time.monotonic() - began
     draw, kills = random.Random(1), 0
     while killed(plan, out,
                  lambda p: time.sleep(took * draw.uniform(.02, .4))):
         kills += 1
         assert kills < 60
-    finish(bench(plan, 'run', '--work-dir', str(out)))
+    here(plan, out)
     rows = table(out)
     assert rows == table(whole) and kills > 2
     assert {r['status'] for r in rows.values()} == {'done', 'failed'}
