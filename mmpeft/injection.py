@@ -10,7 +10,7 @@ from .build import Build, attach
 from .errors import PEFTError, SiteError
 from .frozen_warnings import collapse_frozen_warnings
 from .methods.base import Selector
-from .methods.full import Full
+from .methods.full import Frozen, Full
 from .plan import MethodPlan, parse_methods
 from .recompute import MEMORY
 from .registry import MODELS
@@ -153,7 +153,7 @@ def prepare(backbone: nn.Module,
                         f'{", ".join(map(repr, MEMORY))}.')
     blocks = _blocks_of(backbone)
     plans = parse_methods(method)
-    if all(p.cls is Full for p in plans):
+    if all(p.cls in (Full, Frozen) for p in plans):
         # What full fine-tuning costs is what others are compared with.
         memory = 'stock'
     if isinstance(getattr(backbone, 'peft', None), PEFTState):

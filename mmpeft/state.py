@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backbones.attached import BlockPEFT
 from .errors import PEFTError
 from .key_styles import hint
 from .methods.base import PEFTModule
@@ -195,7 +196,9 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _stock_modules(backbone: nn.Module):
     """Modules of the backbone without those attached to it."""
-    attached = [backbone.peft, *attached_modules(backbone)]
+    attached = [backbone.peft] + [
+        m for m in backbone.modules() if isinstance(m, BlockPEFT)
+    ]
     skipped = {id(m) for a in attached for m in a.modules()}
     return (m for m in backbone.modules() if id(m) not in skipped)
 

@@ -95,9 +95,11 @@ class BlockPEFT(nn.ModuleDict):
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None
         with_cp = with_cp and torch.is_grad_enabled()
+        # Gradients in evaluation are of what evaluation computes.
+        memory = self.memory if self.training else 'stock'
 
         def run(x: Tensor, *others: Any) -> Tuple:
-            with recipes_for(self.memory, x, with_cp):
+            with recipes_for(memory, x, with_cp):
                 y, tokens = forward(x, *others)
                 pass_on(y)
             return y, tokens
