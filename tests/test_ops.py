@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mmpeft.ops import (activate, depthwise, gelu_dropout, scale_shift,
-                        scaled_norm_linear, window_attention)
+from mmpeft.ops import (activate, add_rows, depthwise, gelu_dropout,
+                        scale_shift, scaled_norm_linear, window_attention)
 from mmpeft.recompute import Recipes
 
 
@@ -85,6 +85,21 @@ def test_scale_shift(chunk, monkeypatch):
     torch.manual_seed(0)
     compare(scale_shift, lambda y, s, t: y * s + t,
             (drawn(2, 3, 5), drawn(5), drawn(5)))
+
+
+@pytest.mark.parametrize('rows', [[(0, 2), (4, 6)], [(1, 6)], [(0, 6)]])
+def test_add_rows(rows):
+    torch.manual_seed(0)
+
+    def plain(y, *updates):
+        out = torch.zeros_like(y)
+        for (start, stop), update in zip(rows, updates):
+            out = out + F.pad(update, (start, y.shape[-1] - stop))
+        return y + out
+
+    updates = [drawn(2, 3, stop - start) for start, stop in rows]
+    compare(lambda y, *u: add_rows(y, rows, u), plain,
+            (drawn(2, 3, 6), *updates))
 
 
 @pytest.mark.parametrize('size', [3, 5, 7])

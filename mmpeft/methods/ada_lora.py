@@ -70,10 +70,9 @@ class AdaLoRA(LowRank):
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
         down = self.lora_A * self.lora_E[:, None]
         updates = self.project(self.dropout(x), down, self.lora_B)
-        return self.put(y, [
-            part + self.scale * update
-            for part, update in zip(self.take(y), updates)
-        ])
+        if self.scale != 1:
+            updates = [self.scale * update for update in updates]
+        return self.add(y, updates)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

@@ -96,7 +96,4 @@ class BAPAT(RowModule):
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., d), (..., 3 * d) -> (..., 3 * d)"""
         added = self.scale * self.up(torch.tanh(self.down(x)))
-        return self.put(y, [
-            part + own
-            for part, own in zip(self.take(y), added.split(self.sizes, -1))
-        ])
+        return self.add(y, added.split(self.sizes, -1))

@@ -118,10 +118,9 @@ class LoRA(LowRank):
             # Not one product of rank 2r: only like ones cancel exactly.
             initial = self.project(x, self.lora_A0, self.lora_B0)
             updates = [now - then for now, then in zip(updates, initial)]
-        return self.put(y, [
-            part + self.scale * update
-            for part, update in zip(self.take(y), updates)
-        ])
+        if self.scale != 1:
+            updates = [self.scale * update for update in updates]
+        return self.add(y, updates)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
+from ..ops import add_rows
 from ..recompute import recomputed_if_lean
 from ..sites import Site
 from .base import PEFTModule, check_positive, check_rate, check_width
@@ -63,6 +64,13 @@ class RowModule(PEFTModule):
     def take(self, y: Tensor) -> List[Tensor]:
         """The outputs of each target: (..., out_dims) -> [(..., rows)]."""
         return [y[..., start:stop] for start, stop in self.rows]
+
+    def add(self, y: Tensor, updates: Sequence[Tensor]) -> Tensor:
+        """``y`` with the update of each target added."""
+        if all(u.dtype == y.dtype for u in updates):
+            return add_rows(y, self.rows, updates)
+        return self.put(
+            y, [part + own for part, own in zip(self.take(y), updates)])
 
     def put(self, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """``y`` with other outputs for the targets."""

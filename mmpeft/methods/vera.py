@@ -145,13 +145,13 @@ class VeRA(RowModule):
         # All targets of a layer are of one shape, so they share A x.
         down, up = self.shared.pair(self.sizes[0], self.site.in_dims)
         hidden = F.linear(self.dropout(x), down)
-        parts = []
-        for part, d, b in zip(
-                self.take(y), self.lambda_d.split(self.rank),
+        updates = []
+        for d, b in zip(
+                self.lambda_d.split(self.rank),
                 self.lambda_b.split(self.sizes)):
             update = F.linear(hidden * d.to(hidden.dtype), up)
-            parts.append(part + b.to(update.dtype) * update)
-        return self.put(y, parts)
+            updates.append(b.to(update.dtype) * update)
+        return self.add(y, updates)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
