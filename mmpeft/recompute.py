@@ -119,7 +119,7 @@ def recipes_for(memory: str, x: Tensor, checkpointed: bool) -> ContextManager:
     if memory == 'stock' or not torch.is_grad_enabled() or _is_compiling():
         return nullcontext()
     if checkpointed or _has_hooks():
-        return NoRecipes(x, lean=False)
+        return NoRecipes()
     return Recipes(x, lean=memory == 'lean')
 
 
@@ -160,7 +160,8 @@ class Recipe:
         """The tensor, for another recipe."""
         value = self.value
         if value is None:
-            with torch.no_grad(), self.precision():
+            # In the same way as before, to the last bit.
+            with torch.no_grad(), self.precision(), NoRecipes():
                 value = self.make().detach()
             self.value = value if self.left else None
         return value
@@ -259,6 +260,10 @@ class Recipes:
 
 class NoRecipes(Recipes):
     """For a forward that computes in the same way, but keeps everything."""
+
+    def __init__(self) -> None:
+        self.lean = False
+        self._known, self._expected = {}, {}
 
     def __enter__(self) -> 'Recipes':
         self._outer, _LOCAL.recipes = current(), self

@@ -14,7 +14,9 @@ def beit(name):
     """No bias of the keys, but two gammas and a table for 14 x 14 positions
     and 12 heads, and no absolute positions."""
     d, table = WIDTH, ((2 * 14 - 1)**2 + 3) * 12
-    block = dict(full=d + table, partial=d + table, bitfit=table - d)
+    # GPS trains what has "bias" in its name, tables included.
+    block = dict(
+        full=d + table, partial=d + table, bitfit=table - d, gps=table - d)
     extra = block.get(name, 0) * (1 if name == 'partial' else DEPTH)
     return closed_form(name) + extra - (197 * d if name == 'full' else 0)
 
@@ -60,6 +62,8 @@ def eva02(name):
         # A parallel map from the hidden units to the width.
         hydra=2 * (hidden - 4 * d),
         ssf=2 * (2 * hidden - 4 * d),
+        # A weight and a bias of each output.
+        gps=2 * (2 * hidden - 4 * d),
     )
     return closed_form(name) + block.get(name,
                                          0) * (1 if name == 'partial' else 12)

@@ -95,8 +95,12 @@ class BlockPEFT(nn.ModuleDict):
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None
         with_cp = with_cp and torch.is_grad_enabled()
-        # Gradients in evaluation are of what evaluation computes.
-        memory = self.memory if self.training else 'stock'
+        # Where no gradient comes back there is nothing to keep, and those in
+        # evaluation are of what evaluation computes.
+        block = forward.__self__
+        reached = x.requires_grad or any(p.requires_grad
+                                         for p in block.parameters())
+        memory = self.memory if self.training and reached else 'stock'
 
         def run(x: Tensor, *others: Any) -> Tuple:
             with recipes_for(memory, x, with_cp):

@@ -238,9 +238,11 @@ def _merge(merging: nn.Module, hw: tuple) -> Callable:
 
 
 def check_starts_frozen(library: str, method: dict) -> None:
-    """At first the outputs are those of the stock backbone, bit for bit."""
+    """At first the outputs are those of the stock backbone, bit for bit; in
+    training where blocks compute as stock ones."""
     torch.manual_seed(0)
-    backbone, stock = swin(library, method), swin(library)
+    backbone = swin(library, method, memory='stock')
+    stock = swin(library)
     backbone.init_weights()
     stock.load_state_dict(
         {k: backbone.state_dict()[k]
