@@ -29,7 +29,7 @@ site                                    ``x`` -> ``y``
 ``attn_kv``                             stream after norm1 -> pair of extra
                                         keys and values
 ``patch_embed``, ``patch_norm``         projection and norm of the stem
-``merge_norm``, ``merge_linear``        norm and linear layer of a patch merging
+``merge_norm``, ``merge_linear``        norm and projection of a patch merging
 ``out_norm``                            norm of an output
 ======================================  =======================================
 """
