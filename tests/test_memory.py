@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 import mmpeft
 from mmpeft.engine.measure import kept_by_forward
 from mmpeft.errors import PEFTError
-from mmpeft.recompute import Recipes, current
+from mmpeft.recipes import Recipes, current
 
 TRAINED = [m for m in METHODS if m not in ('Full', 'Frozen')]
 # All methods where most is rearranged, and all kinds with those whose modules

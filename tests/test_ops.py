@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmpeft.ops import (activate, add_rows, depthwise, gelu_dropout,
                         scale_shift, scaled_norm_linear, window_attention)
-from mmpeft.recompute import Recipes
+from mmpeft.recipes import Recipes
 
 
 def drawn(*shape):

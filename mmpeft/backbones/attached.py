@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from ..recompute import current, pass_on, recipes_for, recomputed, see_raw
+from ..following import see_raw
+from ..recipes import current
+from ..recompute import pass_on, recipes_for, recomputed
 from ..sites import INPUT_SITES, TokenLayout
 
 __all__ = ['BlockPEFT', 'connect', 'disconnect', 'peft_class']
@@ -97,7 +99,7 @@ class BlockPEFT(nn.ModuleDict):
         with_cp = with_cp and torch.is_grad_enabled()
         # Where no gradient comes back there is nothing to keep, and those in
         # evaluation are of what evaluation computes.
-        block = forward.__self__
+        block = getattr(forward, '__self__', self)
         reached = x.requires_grad or any(p.requires_grad
                                          for p in block.parameters())
         memory = self.memory if self.training and reached else 'stock'

@@ -6,8 +6,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import SiteError
+from ..following import follow, unfollow
 from ..methods.side import TrunkBlock
-from ..recompute import follow, unfollow
 from ..registry import SITE_MAPS
 from ..sites import (INPUT_SITES, LINEAR_SITES, PART_SITES, SITES, TOKEN_SITES,
                      Site, TokenLayout)

@@ -5,7 +5,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..recompute import added, current, dropped, reach, recomputed
+from ..following import reach
+from ..recipes import current
+from ..recompute import added, dropped, recomputed
 from ..sites import TOKEN_SITES, TokenLayout
 
 __all__ = ['JoinedAttention', 'PreNormForward']

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops import window_attention
-from ..recompute import current
+from ..recipes import current
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout
 from .base import Block, Part, SiteMap, TrunkBlock

@@ -66,7 +66,7 @@ class PEFTModule(Method, nn.Module):
     #: Whether it reads the weight of the stock layer at its site.
     needs_layer: bool = False
     #: Whether its output depends on ``y`` alone, number by number, and draws
-    #: no random ones; see :mod:`mmpeft.recompute`.
+    #: no random ones; see :mod:`mmpeft.recipes`.
     elementwise: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import depthwise, gelu_dropout, scaled_norm_linear
-from ..recompute import current, recomputed, recomputed_if_lean, recomputed_sum
+from ..recipes import current
+from ..recompute import recomputed, recomputed_if_lean, recomputed_sum
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_rate, check_width

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops import scale_shift
-from ..recompute import current
+from ..recipes import current
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule
