@@ -116,6 +116,13 @@ def _is_compiling() -> bool:
 
 
 def _has_hooks() -> bool:
-    # torch 2.1 cannot tell; there blocks see to it that they do not nest.
     top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    return top is not None and top(True) is not None
+    if top is not None:
+        return top(True) is not None
+    # torch 2.1 cannot tell, but what a hook has packed takes no other.
+    square = torch.ones(1, requires_grad=True)**2
+    try:
+        square.grad_fn._raw_saved_self.register_hooks(torch.clone, torch.clone)
+    except RuntimeError:
+        return True
+    return False

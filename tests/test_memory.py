@@ -167,8 +167,6 @@ def test_an_activation_in_place():
 
 def test_other_hooks_see_everything():
     """Of a user who moves what is kept to the CPU, or counts it."""
-    if not hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks'):
-        pytest.skip('torch 2.1 cannot tell')
     model = build('mmdet', 'LNTune', 'lean')
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -211,6 +209,18 @@ def test_eject_and_setting():
     with pytest.raises(PEFTError, match="memory='less' is not one of 'stock'"):
         build_pair('mmdet', 'LNTune', memory='less')
     assert build_pair('mmdet', 'Full', memory='lean')[1].peft.memory == 'stock'
+
+
+@pytest.mark.parametrize('name', ['Mona', 'SSF', 'LoRA', 'LNTune'])
+def test_hooks_of_parameters_are_called(name):
+    """As PEFTReportHook has them, to tell which never get a gradient."""
+    pytest.importorskip('mmdet')
+    model, seen = build('mmdet', name, 'fast'), set()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for n, p in trained.items():
+        p.register_hook(lambda grad, n=n: seen.add(n))
+    step(model, torch.randn(2, 3, 40, 40))
+    assert seen == set(trained)
 
 
 def test_dropout_in_the_way():

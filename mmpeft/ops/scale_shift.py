@@ -33,7 +33,8 @@ class _ScaleShift(Function):
 
     @staticmethod
     def forward(ctx, y, scale, shift):
-        ctx.save_for_backward(y, scale)
+        # Detached: see scaled_norm_linear.
+        ctx.save_for_backward(y, scale.detach())
         return torch.addcmul(shift, y, scale)
 
     @staticmethod

@@ -50,7 +50,10 @@ class _ScaledNormLinear(Function):
     def forward(ctx, y, scale, shift, skip, weight, bias, eps):
         u, mean, rstd = torch.native_layer_norm(y, scale.shape, scale, shift,
                                                 eps)
-        ctx.save_for_backward(y, mean, rstd, scale, shift, skip, weight)
+        # Detached: torch 2.1 forgets the hooks of a parameter that a function
+        # keeps while there are hooks for what is kept.
+        ctx.save_for_backward(y, mean, rstd, scale, shift, skip.detach(),
+                              weight.detach())
         ctx.eps = eps
         return F.linear(u.addcmul_(y.to(u), skip.to(u)), weight, bias)
 
