@@ -96,9 +96,21 @@ def test_runs_do_not_outlive_the_benchmark(tmp_path):
     parent.wait()
     # Returns as soon as the last one that holds it is dead.
     with locked(str(lock), wait=True):
-        state = open(f'/proc/{child}/stat').read().split()[2] \
-            if os.path.exists(f'/proc/{child}') else 'gone'
-        assert state in ('Z', 'gone')
+        # A process that ends lets go of its files a moment before.
+        for _ in range(100):
+            state = state_of(child)
+            if state in ('Z', 'X', 'gone'):
+                break
+            time.sleep(.1)
+        assert state in ('Z', 'X', 'gone')
+
+
+def state_of(process):
+    try:
+        with open(f'/proc/{process}/stat') as file:
+            return file.read().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return 'gone'
 
 
 def test_commands():
