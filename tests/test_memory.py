@@ -8,12 +8,16 @@ import torch
 import torch.nn as nn
 from conftest import METHODS, build_pair, perturb
 from kinds import KINDS
+from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 
 import mmpeft
+from mmpeft import recipes as recipes_module
 from mmpeft.engine.measure import kept_by_forward
 from mmpeft.errors import PEFTError
+from mmpeft.methods.base import PEFTModule
 from mmpeft.recipes import Recipes, current
+from mmpeft.recompute import MEMORY
 
 TRAINED = [m for m in METHODS if m not in ('Full', 'Frozen')]
 # All methods where most is rearranged, and all kinds with those whose modules
@@ -108,17 +112,29 @@ def test_checkpointed_blocks_keep_as_little():
     assert kept['lean'] <= kept['stock']
 
 
-def test_nothing_is_left_behind():
+def test_nothing_is_left_behind(monkeypatch):
+    """Neither outputs nor recipes, which hold what others are made of; and
+    without the garbage collector, so that there is no cycle."""
     pytest.importorskip('mmdet')
+    written = []
+
+    class Seen(recipes_module.Recipe):
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            written.append(weakref.ref(self))
+
+    monkeypatch.setattr(recipes_module, 'Recipe', Seen)
     model = build('mmdet', 'Mona', 'lean')
-    outputs = model(torch.randn(1, 3, 32, 32))
-    seen = [weakref.ref(o) for o in outputs]
-    seen += [weakref.ref(n) for o in outputs for n, _ in [(o.grad_fn, 0)] if 0]
-    sum(o.sum() for o in outputs).backward()
     gc.disable()
     try:
+        outputs = model(torch.randn(1, 3, 32, 32))
+        seen = [weakref.ref(o) for o in outputs]
+        assert any(r() is not None for r in written)
+        sum(o.sum() for o in outputs).backward()
         del outputs
         assert all(r() is None for r in seen)
+        assert all(r() is None for r in written)
     finally:
         gc.enable()
     assert current() is None
@@ -221,6 +237,46 @@ def test_hooks_of_parameters_are_called(name):
         p.register_hook(lambda grad, n=n: seen.add(n))
     step(model, torch.randn(2, 3, 40, 40))
     assert seen == set(trained)
+
+
+class Noisy(PEFTModule):
+    """Draws at a place that other recipes lead through."""
+
+    def __init__(self, site, at='norm1', drop_path=False):
+        super().__init__(site)
+        self.scale = nn.Parameter(torch.ones(site.out_dims))
+        self.noise = DropPath(.5) if drop_path else nn.Dropout(.5)
+
+    @classmethod
+    def sites_for(cls, at='norm1', drop_path=False):
+        return (at, )
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x, y, layout):
+        return self.noise(y) * self.scale
+
+
+@pytest.mark.parametrize('at', [
+    'norm1', 'qkv_input', 'qkv', 'norm2', 'fc1_input', 'fc1', 'fc2_input',
+    'ffn_branch', 'ffn_residual'
+])
+@pytest.mark.parametrize('drop_path', [False, True])
+def test_draws_anywhere(at, drop_path):
+    """With LoRA, which asks for what was made of them."""
+    pytest.importorskip('mmdet')
+    method = [
+        dict(type=Noisy, at=at, drop_path=drop_path),
+        dict(type='LoRA', rank=2, targets=['q', 'fc1'])
+    ]
+    image = torch.randn(3, 3, 40, 40).double()
+    results = []
+    for memory in MEMORY:
+        _, peft = build_pair('mmdet', method, memory=memory)
+        results.append(step(perturb(peft).double().train(), image))
+    for found in results[1:]:
+        assert_same(found, results[0], TOLERANCE[torch.float64])
 
 
 def test_dropout_in_the_way():

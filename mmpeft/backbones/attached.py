@@ -40,12 +40,11 @@ class BlockPEFT(nn.ModuleDict):
         return any(s in modules for modules in self.values() for s in sites)
 
     def draws(self, *sites: str) -> bool:
-        """Whether anything attached at one of the sites draws random
-        numbers."""
+        """Whether anything attached at one of the sites draws random numbers,
+        in a dropout or a drop-path."""
         return any(
-            isinstance(m, _DropoutNd) and m.p > 0 and m.training
-            for modules in self.values() for s in sites if s in modules
-            for m in modules[s].modules())
+            m.training and _rate(m) > 0 for modules in self.values()
+            for s in sites if s in modules for m in modules[s].modules())
 
     def only_elementwise(self, site: str) -> bool:
         """Whether all that is attached at a site is elementwise."""
@@ -97,12 +96,8 @@ class BlockPEFT(nn.ModuleDict):
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None
         with_cp = with_cp and torch.is_grad_enabled()
-        # Where no gradient comes back there is nothing to keep, and those in
-        # evaluation are of what evaluation computes.
         block = getattr(forward, '__self__', self)
-        reached = x.requires_grad or any(p.requires_grad
-                                         for p in block.parameters())
-        memory = self.memory if self.training and reached else 'stock'
+        memory = self.memory if self._is_reached(x, block) else 'stock'
 
         def run(x: Tensor, *others: Any) -> Tuple:
             with recipes_for(memory, x, with_cp):
@@ -120,6 +115,25 @@ class BlockPEFT(nn.ModuleDict):
             taps, self.tapped = self.tapped, None
             y = self.stream.leave(self, x, y, tokens, taps, layout)
         return y
+
+    def _is_reached(self, x: Tensor, block: nn.Module) -> bool:
+        """Whether a gradient of training comes back to the block.
+
+        Elsewhere there is nothing to keep, and gradients in evaluation are of
+        what evaluation computes.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad
+                                      for p in block.parameters())
+
+
+def _rate(module: nn.Module) -> float:
+    """How often a module leaves something out."""
+    if isinstance(module, _DropoutNd):
+        return module.p
+    # That of drop-path, in all libraries.
+    return getattr(module, 'drop_prob', None) or 0.
 
 
 def input_hook(module: nn.Module, args: tuple) -> tuple:

@@ -51,7 +51,7 @@ class PreNormForward:
                  layout: TokenLayout, *args: Any) -> Tuple:
         run = self.peft.run
         shortcut = run('attn_shortcut', x, x, layout)
-        normed = recomputed(self.norm1, x)
+        normed = self._norm('norm1', x)
         self._expect_qkv_input(x, args)
         joined = None if tokens is None else self.norm1(tokens)
         branch, seen = self._attend(normed, joined, layout, *args)
@@ -64,7 +64,7 @@ class PreNormForward:
             tokens = tokens + seen
 
         shortcut = run('ffn_shortcut', x, x, layout)
-        normed = recomputed(self.norm2, x)
+        normed = self._norm('norm2', x)
         self._expect_hidden(x, layout)
         branch = self.run_map_mlp(normed, layout)
         branch = run('ffn_parallel', normed, branch, layout)
@@ -77,11 +77,18 @@ class PreNormForward:
             tokens = tokens + seen
         return run('ffn_residual', x, y, layout), tokens
 
+    def _norm(self, site: str, x: Tensor) -> Tensor:
+        """A norm with what is attached to it, made again in backward unless
+        that draws random numbers."""
+        norm = getattr(self, site)
+        return norm(x) if self.peft.draws(site) else recomputed(norm, x)
+
     def _expect_qkv_input(self, x: Tensor, args: Tuple) -> None:
         """Tell how to make what is projected to queries, keys and values,
         which may be a copy of the norm, in windows."""
         recipes = current()
-        if recipes is not None and not self.peft.has(*TOKEN_SITES):
+        if recipes is not None and not self.peft.has(
+                *TOKEN_SITES) and not self.peft.draws('norm1', 'qkv_input'):
             source = recipes.reference(x)
             recipes.expect(
                 'qkv', lambda qkv: reach(
