@@ -1,6 +1,7 @@
 """Tiny stock backbones and every method, for the tests of all pairs."""
 import copy
 import importlib
+import os
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ import mmpeft
 from mmpeft.backbones import find_family
 from mmpeft.engine.listing import refusal
 from mmpeft.registry import METHODS as METHOD_CLASSES
+
+# Two processes share the tests, and threads that wait for each other's cores
+# make both several times slower. For what the tests start, too.
+torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
 
 # Its checks say what differs, as those of a test file do.
 pytest.register_assert_rewrite('families')
