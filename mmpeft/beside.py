@@ -108,8 +108,8 @@ def trained_beside(cls: Type[SideNetwork], chosen: Sequence[Block],
     family, modules = chosen[0].family, []
     for block in chosen:
         for name in cls.trained_norms:
-            family.site(block, name)  # refuses what it does not offer
-            modules.append(block.layer(name))
+            # Refuses what it does not offer.
+            modules.append(block.layer(family.site(block, name).name))
     if cls.trains_out_norms:
         modules += [
             part.module for part in family.parts(backbone)

@@ -78,6 +78,7 @@ class Build:
                 self.family.site(block, name)
                 for name in cls.sites_for(**kwargs)
             ]
+            sites = list({site.name: site for site in sites}.values())
             # A block may have nothing of a method whose widths differ, or that
             # only sits outside the blocks.
             if sites or cls.parts:

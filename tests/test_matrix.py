@@ -29,8 +29,7 @@ ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
 # Pairs without a place; the others all work, in these tests and in those of
 # the families.
-NOT_HST = ('Swin', 'SwinV2', 'TimmSwin', 'MiT', 'DeiT3')
-REFUSED = [('SSF', 'DeiT3Sites'), *(('HST', f'{f}Sites') for f in NOT_HST)]
+REFUSED = [('HST', f'{f}Sites') for f in ('Swin', 'SwinV2', 'TimmSwin', 'MiT')]
 # Of methods whose maps take the place of the outputs.
 CHANNELS = {'HST': [4, 6, 8]}
 # Methods of which a part has no place in the stock layers.

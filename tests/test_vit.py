@@ -4,18 +4,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, calibrate, method_of, perturb, with_method
+from conftest import METHODS, calibrate, perturb, with_method
 from families import (TOGETHER, Sum, blocks_of, builders, check_bare,
                       check_gradients, check_joined, check_layer_decay,
                       check_merged, check_methods, check_recognised,
-                      check_skipped, classifier, image_of, loss_of, run,
+                      check_skipped, classifier, image_of, loss_of, near, run,
                       scope_of, stream_of)
 from mmengine.registry import MODELS
 
 from mmpeft.backbones import find_family
-from mmpeft.backbones.deit3 import DeiT3Sites
 from mmpeft.counting import count_params
-from mmpeft.engine.listing import refusal
 from mmpeft.errors import MergeError, PEFTError, SiteError
 from mmpeft.injection import PEFTBackbone, inject
 from mmpeft.merging import merged_state_dict
@@ -109,8 +107,7 @@ def test_norms(variant, method, image):
     check_merged(stock, peft, image)
 
 
-@pytest.mark.parametrize(
-    'name', [n for n in METHODS if not refusal(method_of(n), DeiT3Sites)])
+@pytest.mark.parametrize('name', METHODS)
 def test_deit3(name, image):
     """Every method that it takes, in evaluation and training."""
     _, peft = peft_of('DeiT3', METHODS[name])
@@ -126,9 +123,27 @@ def test_deit3(name, image):
     assert with_grad == trained - idle and (not idle or name == 'Full')
 
 
-def test_deit3_refuses_its_norms():
-    with pytest.raises(SiteError, match='norm1.*one norm before both'):
-        peft_of('DeiT3', 'SSF')
+@pytest.mark.parametrize('name', ['SSF', 'HST:dims=[4,6,8],num_heads=[1,2,2]'])
+def test_the_one_norm_of_deit3(name, image):
+    """It is called before both branches, and the other one is not."""
+    stock, peft = peft_of('DeiT3', name)
+    trained = [n for n, p in peft.named_parameters() if p.requires_grad]
+    assert any(n.startswith('layers.0.ln1.') for n in trained) == (name !=
+                                                                   'SSF')
+    assert not any('.ln2.' in n for n in trained)
+    if name == 'SSF':
+        assert set(peft.layers[0].peft.ssf) == {
+            'norm1', 'qkv', 'proj', 'fc1', 'fc2'
+        }
+        norm = stock.layers[0].ln1
+        perturb(peft).eval(), stock.eval()
+        own = peft.layers[0].peft.ssf['norm1']
+        with torch.no_grad():
+            norm.weight.mul_(own.scale)
+            norm.bias.mul_(own.scale).add_(own.shift)
+        x = torch.randn(2, 10, norm.normalized_shape[0])
+        assert near([peft.layers[0].ln1(x)], [norm(x)])
+        check_merged(stock, peft, image)
 
 
 # ---------------------------------------------------------------- prompts

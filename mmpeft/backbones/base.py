@@ -42,6 +42,9 @@ class SiteMap:
     roams: bool = False
     #: Sites this family has no place for, and why.
     refused: Dict[str, str] = {}
+    #: Sites that are one with another, as the block calls one module in both
+    #: places; what is attached to both stands there once.
+    aliases: Dict[str, str] = {}
     #: Whether its tokens form a grid.
     has_grid: bool = True
     #: Class whose ``forward`` calls the stream sites; bases of the new class.
@@ -243,7 +246,8 @@ class SiteMap:
     @classmethod
     def offered(cls) -> Tuple[str, ...]:
         """Names of the sites this family offers."""
-        return tuple(s for s in SITES if s not in cls.refused)
+        return tuple(s for s in SITES
+                     if s not in cls.refused and s not in cls.aliases)
 
     @classmethod
     def site(cls, block: Block, name: str) -> Site:
@@ -252,6 +256,7 @@ class SiteMap:
         Raises:
             SiteError: If the family does not offer it.
         """
+        name = cls.aliases.get(name, name)
         if name not in cls.offered() or name in PART_SITES:
             reason = cls.refused.get(name, 'there is no site of that name')
             raise SiteError(

@@ -14,6 +14,7 @@ class DeiT3Forward(ViTForward):
     the MLP, too, and its second one is never called."""
 
     norm2 = property(lambda self: self.ln1)
+    second_norm = 'norm1'
 
 
 @SITE_MAPS.register_module()
@@ -23,16 +24,13 @@ class DeiT3Sites(ViTSites):
     block_types = (
         'mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer', )
     backbone_types = ('mmpretrain.models.backbones.deit3.DeiT3', )
-    refused = dict.fromkeys(
-        ('norm1', 'norm2'),
-        "mmpretrain's block has one norm before both of its branches, and "
-        'leaves the other one out')
+    aliases = dict(norm2='norm1')
     mixin = DeiT3Forward
 
     @classmethod
     def modules(cls, block: nn.Module) -> Dict[str, nn.Module]:
         modules = super().modules(block)
-        del modules['norm1'], modules['norm2']
+        del modules['norm2']
         return modules
 
     @classmethod

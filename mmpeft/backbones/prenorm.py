@@ -26,6 +26,8 @@ class PreNormForward:
 
     norm1: nn.Module
     norm2: nn.Module
+    #: The site that the norm before the MLP is.
+    second_norm = 'norm2'
     attn_drop_path: nn.Module
     ffn_drop_path: nn.Module
 
@@ -64,7 +66,7 @@ class PreNormForward:
             tokens = tokens + seen
 
         shortcut = run('ffn_shortcut', x, x, layout)
-        normed = self._norm('norm2', x)
+        normed = self._norm(self.second_norm, x)
         self._expect_hidden(x, layout)
         branch = self.run_map_mlp(normed, layout)
         branch = run('ffn_parallel', normed, branch, layout)
@@ -100,7 +102,7 @@ class PreNormForward:
         its first GEMM again."""
         recipes = current()
         if recipes is not None and recipes.lean and not self.peft.draws(
-                'norm2', 'fc1_input', 'fc1'):
+                self.second_norm, 'fc1_input', 'fc1'):
             source = recipes.reference(x)
             # What is elementwise can be made of the layer's own output.
             raw = self.peft.has('fc1') and self.peft.only_elementwise('fc1')

@@ -229,12 +229,6 @@ def test_refused_beside_a_pyramid(kind):
         MODELS.build(peft_cfg(kind, SMALL))
 
 
-def test_refused_on_deit3():
-    from mmpretrain.models.backbones import DeiT3
-    with pytest.raises(SiteError, match="'norm1' is not offered"):
-        PEFTBackbone(DeiT3, SMALL, arch='small', out_type='featmap')
-
-
 def test_parts_of_a_forward():
     pytest.importorskip('timm')
     import timm
