@@ -148,9 +148,12 @@ def library(request):
     return request.param
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope='module', params=KINDS)
 def kind(request):
-    """Each kind of backbone, where its library is installed."""
+    """Each kind of backbone, where its library is installed.
+
+    Of the scope of a module, so that tests of one kind run one after another.
+    """
     facts = KINDS[request.param]
     for package in (facts.library, *facts.packages):
         pytest.importorskip(package)

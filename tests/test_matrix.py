@@ -30,6 +30,7 @@ NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
 # Pairs without a place; the others all work, in these tests and in those of
 # the families.
 REFUSED = [('HST', f'{f}Sites') for f in ('Swin', 'SwinV2', 'TimmSwin', 'MiT')]
+EACH = pytest.mark.parametrize('name', METHODS, scope='module')
 # Of methods whose maps take the place of the outputs.
 CHANNELS = {'HST': [4, 6, 8]}
 # Methods of which a part has no place in the stock layers.
@@ -37,6 +38,29 @@ UNMERGED = {'swin_v2': ('RepAdapter', 'SSF')}
 ATTACHED = [
     name for name in METHODS if not issubclass(method_of(name), Selector)
 ]
+
+
+@pytest.fixture(scope='module')
+def built(name, kind):
+    """One pair for all its tests, and what it was made of."""
+    pair = build_pair(kind, METHODS[name])
+    values = [v for model in pair for v in model.state_dict().values()]
+    return pair, [(v, v.clone()) for v in values]
+
+
+@pytest.fixture
+def pair(built):
+    """The stock backbone and the one with the method, as they were made:
+    what changes more than weights and modes builds its own."""
+    models, values = built
+    for value, first in values:
+        value.copy_(first)
+    for model in models:
+        model.train()  # of mmdet: returns None
+        model.zero_grad()
+        for _, block in find_family(model):
+            block.module.with_cp = False
+    return models
 
 
 @torch.no_grad()
@@ -82,9 +106,9 @@ def test_refusals(kind):
             assert reason.split(': ')[-1] in str(error.value)
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_stock_keys_and_weights(name, kind):
-    stock, peft = build_pair(kind, METHODS[name])
+@EACH
+def test_stock_keys_and_weights(pair):
+    stock, peft = pair
     own, state = stock.state_dict(), peft.state_dict()
     assert [k for k in state if '.peft.' not in f'.{k}'] == list(own)
     assert all(torch.equal(state[k], v) for k, v in own.items())
@@ -95,9 +119,9 @@ def test_stock_keys_and_weights(name, kind):
         assert f'.{key}'.split('.peft.')[0][1:] in modules
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_start(name, kind, image):
-    stock, peft = build_pair(kind, METHODS[name])
+@EACH
+def test_start(name, kind, pair, image):
+    stock, peft = pair
     stock.eval(), peft.eval()
     expected, found = outputs(stock, image), outputs(peft, image)
     if name in CHANNELS:
@@ -135,10 +159,13 @@ def test_sites_without_modules_are_bit_equal(kind, image):
             for m in bare.modules()] == [type(m) for m in stock.modules()]
 
 
-@pytest.mark.parametrize('name', [n for n in METHODS if n != 'Frozen'])
-def test_declared_parameters_get_gradients(name, kind, image):
-    _, peft = build_pair(kind, METHODS[name])
+@EACH
+def test_declared_parameters_get_gradients(name, kind, pair, image):
+    _, peft = pair
     declared = {n for n, p in peft.named_parameters() if p.requires_grad}
+    if name == 'Frozen':
+        assert not declared
+        return
     if name in ATTACHED:
         added = {n for n, _ in peft.named_parameters() if '.peft.' in f'.{n}'}
         norms = KINDS[kind].out_norms if name == 'E3VA' else ()
@@ -178,17 +205,19 @@ def test_declared_parameters_get_gradients(name, kind, image):
         if n not in declared)
 
 
-@pytest.mark.parametrize('name', ATTACHED)
-def test_checkpointing(name, kind, image):
+@EACH
+def test_checkpointing(name, pair, image):
     """Equal gradients with and without ``with_cp``, first block included."""
-    _, peft = build_pair(kind, METHODS[name])
+    _, peft = pair
     perturb(peft)
     grads = []
     for with_cp in (False, True):
         for _, block in find_family(peft):
             block.module.with_cp = with_cp
         peft.zero_grad()
-        loss_of(peft, image).backward()
+        loss = loss_of(peft, image)
+        if name != 'Frozen':
+            loss.backward()
         grads.append({
             n: p.grad.clone()
             for n, p in peft.named_parameters() if p.requires_grad
@@ -198,9 +227,9 @@ def test_checkpointing(name, kind, image):
         assert torch.equal(grads[0][key], grads[1][key]), key
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_deepcopy_and_files(name, kind, image):
-    _, peft = build_pair(kind, METHODS[name])
+@EACH
+def test_deepcopy_and_files(name, kind, pair, image):
+    _, peft = pair
     perturb(peft).eval()
     expected = outputs(peft, image)
     twin = copy.deepcopy(peft)
@@ -219,7 +248,7 @@ def test_deepcopy_and_files(name, kind, image):
     assert equal(outputs(fresh.eval(), image), expected)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@EACH
 def test_init_weights_keeps_the_start(name, kind, image):
     """After the stock initialisation by layer type, which hits adapters."""
     stock, peft = build_pair(kind, METHODS[name])
@@ -253,9 +282,9 @@ def test_init_weights_keeps_the_start(name, kind, image):
         assert gap(outputs(peft, image), outputs(stock, image)) < 1e-5
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_bfloat16_autocast(name, kind, image):
-    _, peft = build_pair(kind, METHODS[name])
+@EACH
+def test_bfloat16_autocast(name, pair, image):
+    _, peft = pair
     with torch.autocast('cpu', torch.bfloat16):
         loss = loss_of(peft, image)
     assert torch.isfinite(loss)
@@ -265,10 +294,10 @@ def test_bfloat16_autocast(name, kind, image):
                    for p in peft.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_merge(name, kind):
+@EACH
+def test_merge(name, kind, pair):
     """On maps that the window does not divide, or refused with a reason."""
-    stock, peft = build_pair(kind, METHODS[name])
+    stock, peft = pair
     perturb(peft).eval()
     reasons = {getattr(m, 'no_merge', None) for m in peft.modules()} - {None}
     if reasons:
@@ -286,7 +315,7 @@ def test_merge(name, kind):
         assert gap(outputs(stock, image), outputs(peft, image)) < 1e-5
 
 
-@pytest.mark.parametrize('name', METHODS)
+@EACH
 def test_eject_gives_back_stock(name, kind, image):
     stock, peft = build_pair(kind, METHODS[name])
     perturb(peft)
