@@ -24,7 +24,8 @@ from mmpeft.engine.listing import refusal  # noqa: E402
 
 def build(kind, method):
     """A backbone without drop-path and dropout, which ranks draw apart, and
-    without statistics of a batch, of which each rank has its own."""
+    without statistics of a batch, of which each rank has its own; in float64,
+    where the order of a sum does not matter."""
     _, peft = conftest.build_pair(kind, method)
     for module in conftest.perturb(peft).modules():
         if isinstance(module, torch.nn.Dropout):
@@ -34,7 +35,7 @@ def build(kind, method):
         for rate in ('drop_prob', 'drop_path_rate'):
             if hasattr(module, rate):
                 setattr(module, rate, 0.)
-    return peft
+    return peft.double()
 
 
 def train(model, batches):
@@ -50,7 +51,7 @@ def train(model, batches):
 def compare(kind, rank, ranks):
     """By method, the largest relative difference."""
     size = KINDS[kind].sizes[0]
-    batches = [torch.randn(2 * ranks, 3, *size) for _ in range(2)]
+    batches = [torch.randn(2 * ranks, 3, *size).double() for _ in range(2)]
     family, gaps = conftest.family_of(kind), {}
     for name, method in conftest.METHODS.items():
         if name == 'Frozen' or refusal(conftest.method_of(name), family):

@@ -23,6 +23,10 @@ from mmpeft.engine.run import build_runner  # noqa: E402
 HERE = osp.dirname(osp.abspath(__file__))
 ROOT = osp.dirname(HERE)
 pytestmark = pytest.mark.dist
+# What one process and several may differ by, in float64. The loss of mmseg adds
+# float32's epsilon to its number of pixels, 1e-11 of it, which halves with the
+# batch; sums in another order are 1e-14. In float32 they are up to 9e-7.
+CLOSE = 1e-9
 
 
 def start(command):
@@ -125,11 +129,11 @@ def test_equal_to_one_process(one, config, ranks):
         many = seen(cfg.work_dir, rank)
         # Each rank has other samples.
         assert many['losses'] != one['losses']
-        assert gap(one['weights'], many['weights']) <= 1e-6
+        assert gap(one['weights'], many['weights']) <= CLOSE
         assert len(many['gradients']) == 4
         for a, b in zip(one['gradients'], many['gradients']):
             assert set(a) == set(one['trained'])
-            assert off(a, b) <= 1e-6
+            assert off(a, b) <= CLOSE
         # Momentum of what trains, and of nothing else.
         assert many['with_state'] == many['trained'] == one['trained']
         assert many['deltas'] == ([] if rank else ['iter_4_delta.safetensors'])
@@ -161,8 +165,7 @@ def featured(start_at, tmp_path_factory):
 
 
 def test_accumulation(featured, config):
-    """As in one process; and twice four samples are one step with eight, for
-    which sums have another order."""
+    """As in one process; and twice four samples are one step with eight."""
     single = alone(config(4, **dist_parts.FEATURES['accumulation']))
     large = alone(config(8, 'large', **{'train_cfg.max_iters': 2}))
     for many in featured('accumulation'):
@@ -170,15 +173,15 @@ def test_accumulation(featured, config):
         assert len(many['gradients']) == len(large['gradients']) == 2
         for a, b, c in zip(many['gradients'], single['gradients'],
                            large['gradients']):
-            assert off(b, a) <= 1e-6 and off(c, a) <= 1e-5
-        assert gap(single['weights'], many['weights']) <= 1e-6
-        assert gap(large['weights'], many['weights']) <= 1e-5
+            assert off(b, a) <= CLOSE and off(c, a) <= CLOSE
+        assert gap(single['weights'], many['weights']) <= CLOSE
+        assert gap(large['weights'], many['weights']) <= CLOSE
 
 
 def test_checkpointed_activations(one, featured):
     for many in featured('with_cp'):
         assert many['with_cp'] and not one['with_cp']
-        assert gap(one['weights'], many['weights']) <= 1e-6
+        assert gap(one['weights'], many['weights']) <= CLOSE
 
 
 def test_averages(featured, config):
@@ -187,8 +190,8 @@ def test_averages(featured, config):
     average = single['averages'][f'module.{name}']
     assert gap({0: single['weights'][name]}, {0: average}) > 1e-3
     for many in featured('ema'):
-        assert gap(single['averages'], many['averages']) <= 1e-6
-        assert gap(single['weights'], many['weights']) <= 1e-6
+        assert gap(single['averages'], many['averages']) <= CLOSE
+        assert gap(single['weights'], many['weights']) <= CLOSE
 
 
 def test_supernet(featured, config):
@@ -199,9 +202,9 @@ def test_supernet(featured, config):
              for grads in single['gradients']]
     assert any(zeros) and len(set(map(str, zeros))) > 1
     for many in featured('supernet'):
-        assert gap(single['weights'], many['weights']) <= 1e-6
+        assert gap(single['weights'], many['weights']) <= CLOSE
         for a, b in zip(single['gradients'], many['gradients']):
-            assert off(a, b) <= 1e-6
+            assert off(a, b) <= CLOSE
         assert many['with_state'] == many['trained']
 
 
@@ -250,7 +253,7 @@ def test_fsdp(one, featured, config, tmp_path):
     shards = sharded('fsdp', featured)
     path = str(featured.folder / 'fsdp' / 'iter_4.pth')
     saved = torch.load(path, weights_only=False)
-    assert gap(one['weights'], saved['state_dict']) <= 1e-6
+    assert gap(one['weights'], saved['state_dict']) <= CLOSE
     # Of every parameter that trains a part on some rank, of the frozen none.
     states = [set(s['with_state']) for s in shards]
     assert states[0] | states[1] == set(one['trained'])
@@ -281,6 +284,7 @@ def test_resume(config, tmp_path):
     def dropping(name):
         method = 'Mona:dim=4,drop_rate=0.5+LoRA:rank=4'
         cfg = config(2, name, **{'model.backbone.method': method})
+        cfg.model.type = 'EncoderDecoder'
         cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=.01)
         cfg.train_dataloader.sampler = dict(type='InfiniteSampler')
         cfg.randomness = dict(seed=0, diff_rank_seed=True)

@@ -47,6 +47,6 @@ def test_two_ranks_equal_one_process(tmp_path, kinds):
     wrong = {
         (kind, name): gap
         for kind, found in gaps.items()
-        for name, gap in found.items() if not gap <= 1e-6
+        for name, gap in found.items() if not gap <= 1e-9
     }
     assert not wrong, wrong
