@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any, Dict, Iterable, List
 
 from ..errors import MissingFileError, PEFTError
+from ..whole_file import whole_file
 
 __all__ = ['COLUMNS', 'STATES', 'write_rows', 'remove_rows', 'read_rows']
 
@@ -61,7 +62,8 @@ def _connect(path: str) -> sqlite3.Connection:
 def write_rows(path: str, rows: Iterable[Dict[str, Any]]) -> None:
     """Insert rows or replace those of the same ``cell``, all or none.
 
-    A process that dies leaves the file as it was; SQLite sees to that.
+    A process that dies leaves the file as it was, or none where there was
+    none: one without rows would look like a plan without cells.
 
     Args:
         path (str): The file; made where it is not there.
@@ -72,12 +74,21 @@ def write_rows(path: str, rows: Iterable[Dict[str, Any]]) -> None:
         PEFTError: For unknown columns, or if the file cannot be written.
     """
     values = [_to_sql(row) for row in rows]
+    if osp.isfile(path):
+        _write(path, path, values)
+    else:
+        with whole_file(path) as temporary:
+            _write(temporary, path, values)
+
+
+def _write(file: str, path: str, values: List[List[Any]]) -> None:
+    """Insert rows into a file that is, or will be, at ``path``."""
     columns = ', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())
     marks = ', '.join('?' * len(COLUMNS))
     # Not REPLACE: a row keeps its place.
     updates = ', '.join(f'{name}=excluded.{name}' for name in COLUMNS)
     try:
-        with closing(_connect(path)) as connection, connection:
+        with closing(_connect(file)) as connection, connection:
             connection.execute(f'CREATE TABLE IF NOT EXISTS cells ({columns})')
             there = {
                 row['name']

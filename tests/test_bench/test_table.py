@@ -28,6 +28,9 @@ def test_rows_come_back(tmp_path):
 
 def test_all_rows_or_none(tmp_path):
     path = str(tmp_path / 'results.sqlite')
+    with pytest.raises(PEFTError, match='could not be written'):
+        write_rows(path, [row('a', metric=object())])
+    assert not list(tmp_path.iterdir())
     write_rows(path, [row('a')])
     with pytest.raises(PEFTError, match='has not changed'):
         write_rows(path, [row('a', status='done'), row('b', metric=object())])
