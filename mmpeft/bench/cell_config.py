@@ -65,7 +65,9 @@ class TaskConfigs:
 
     def of(self, cell: Cell) -> Dict[str, Any]:
         """The config of a cell as a plain dict, without its work_dir."""
-        cfg = copy.deepcopy(self.phases[cell.phase].to_dict())
+        cfg = copy.deepcopy(self.phases[cell.phase])
+        cfg.merge_from_dict(self.task.method_options.get(cell.method, {}))
+        cfg = cfg.to_dict()
         budget = self.task.budget
         if cell.phase == 'tune':
             budget = self.task.tune_budget

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 from ..whole_file import whole_file
 from .launch import start, tool
-from .plan import Task
+from .plan import Task, plain_name
 
 __all__ = ['measure_costs']
 
@@ -21,7 +21,8 @@ def measure_costs(task: Task, rows: Sequence[Dict[str, Any]], folder: str,
                   tell: Callable[[str], None]) -> Dict[str, Dict[str, Any]]:
     """What the methods of a task cost, side by side in one process.
 
-    What was measured before is read; it does not change with the seed.
+    One with options of its own, such as another head, is measured alone. What
+    was measured before is read; it does not change with the seed.
 
     Args:
         task (Task): From the plan.
@@ -33,6 +34,23 @@ def measure_costs(task: Task, rows: Sequence[Dict[str, Any]], folder: str,
         dict[str, dict]: Name of a method -> columns. A method that cannot be
         measured has none.
     """
+    own = task.method_options
+    groups = {f'costs_{task.name}': [r for r in rows if r['method'] not in own]}
+    for row in rows:
+        if row['method'] in own:
+            name = f'costs_{task.name}_{plain_name(row["method"])}'
+            groups.setdefault(name, []).append(row)
+    costs: Dict[str, Dict[str, Any]] = {}
+    for name, group in groups.items():
+        if group:
+            costs.update(_of_group(task, group, folder, name, tell))
+    return costs
+
+
+def _of_group(task: Task, rows: Sequence[Dict[str, Any]], folder: str,
+              name: str, tell: Callable[[str],
+                                        None]) -> Dict[str, Dict[str, Any]]:
+    """Costs of methods that share a config."""
     import torch
     specs = {row['method']: row['spec'] for row in rows}
     config = osp.join(folder, rows[0]['work_dir'], 'cell.py')
@@ -54,7 +72,7 @@ def measure_costs(task: Task, rows: Sequence[Dict[str, Any]], folder: str,
         arguments += ['--at', task.at]
     content = json.dumps([sorted(specs.items()), arguments[1:], device])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    file = osp.join(folder, f'costs_{task.name}.json')
+    file = osp.join(folder, f'{name}.json')
     try:
         with open(file) as found:
             kept = json.load(found)

@@ -48,6 +48,8 @@ class Task:
         holdout (int, optional): Instead of ``tune``: every so many-th
             training sample is held out, and chooses the rate.
         env (dict): Environment variables that the config reads.
+        method_options (dict): Name of a method -> merged into the config of
+            its cells, such as the head of a method with outputs of its own.
         at (str, optional): Path of the backbone, where there are several.
         folder (dict): ``root`` of a folder that ``folders.py`` describes.
             In a plan also ``kinds``: what the task is for each kind.
@@ -73,6 +75,7 @@ class Task:
     final: Dict[str, Any] = field(default_factory=dict)
     holdout: Optional[int] = None
     env: Dict[str, str] = field(default_factory=dict)
+    method_options: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     at: Optional[str] = None
     folder: Dict[str, Any] = field(default_factory=dict)
     costs: Dict[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ _COMMON = ('methods', 'seeds', 'tuning', 'budget', 'checkpoint_interval',
            'costs')
 _PLAN = ('name', 'title', 'tasks', 'bases', 'keep', *_COMMON)
 _TASK = ('config', 'metric', 'metric_scale', 'options', 'tune', 'final',
-         'holdout', 'env', 'at', 'folder', *_COMMON)
+         'holdout', 'env', 'at', 'folder', 'method_options', *_COMMON)
 _COSTS = ('image_size', 'batch_size', 'repeats', 'backbone_only')
 _TUNING = ('lrs', 'head_lrs', 'seed', 'rule', 'budget')
 
@@ -127,6 +127,8 @@ def _task(name: str, said: Dict[str, Any]) -> Task:
         tune_budget=_budget(tuning.get('budget') or said.get('budget'), where),
         checkpoint_interval=said.get('checkpoint_interval'),
         costs=dict(said.get('costs') or {}))
+    _known(values.get('method_options', ()),
+           tuple(values['methods']), f'method_options of {where}')
     _known(values['costs'], _COSTS, f'costs of {where}')
     if values['costs'] and 'image_size' not in values['costs']:
         raise PEFTError(f'{where}: costs need image_size=(height, width).')

@@ -101,7 +101,7 @@ def _flow(axes, left: Sequence[float], right: Sequence[float],
             ha=side,
             fontsize=8.5,
             linespacing=1.3)
-    axes.set_title(title, fontsize=10, fontweight='bold', pad=34)
+    axes.set_title(title, fontsize=10, fontweight='bold', pad=46)
     axes.axis('off')
 
 
@@ -123,9 +123,10 @@ def rank_flow(task: TaskSummary, column: Optional[Column]) -> Optional[Figure]:
     if not panels:
         return None
     most = max(len(panel[0]) for panel in panels)
-    ends = (f'printed\n{column.task}, {column.metric}, {column.model}',
-            f'ours\n{task.name}, {task.words}')
-    with sheet(3.9 * len(panels), 1.2 + .24 * most) as figure:
+    # Narrow: two panels stand side by side.
+    ends = (f'printed\n{column.task}, {column.model}\n{column.metric}',
+            f'ours\n{task.name}\n{task.words}')
+    with sheet(3.9 * len(panels), 1.4 + .24 * most) as figure:
         for i, panel in enumerate(panels, 1):
             _flow(figure.add_subplot(1, len(panels), i), *panel, ends, most)
         data = png(figure)

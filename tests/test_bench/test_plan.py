@@ -75,6 +75,7 @@ def test_options_of_the_command_line(tmp_path, config):
     (dict(keep='some'), "keep='some'"),
     (dict(name='a/b'), 'name of a folder'),
     (dict(task=dict(metric=None)), 'needs metric='),
+    (dict(task=dict(method_options=dict(Moan={}))), "mean 'Mona'"),
 ])
 def test_mistakes(tmp_path, config, values, message):
     with pytest.raises(PEFTError, match=message):
@@ -117,7 +118,8 @@ def test_the_config_of_a_cell(tmp_path, config):
             config,
             task=dict(
                 options=dict(train_dataloader=dict(batch_size=2), note='all'),
-                tune=dict(note='tune')),
+                tune=dict(note='tune'),
+                method_options=dict(Full=dict(head=dict(wide=1)))),
             tuning=dict(
                 lrs=(1e-3, 1e-2), head_lrs=(1., ),
                 budget=dict(iters=4)))).tasks['seg']
@@ -135,6 +137,8 @@ def test_the_config_of_a_cell(tmp_path, config):
     assert [h.type
             for h in cfg.custom_hooks] == ['EMAHook', 'mmpeft.CellRecordHook']
     assert cfg.custom_imports.imports[0] == 'json'
+    full = configs.of(Cell('seg', 'Full', 'tune', 7, 1e-2, 1.))
+    assert full['head'] == dict(wide=1) and 'head' not in cfg
     final = configs.of(Cell('seg', 'Mona', 'final', 7, 1e-2, 1.))
     assert final['note'] == 'all' and final['train_cfg']['max_iters'] == 6
 
