@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mmpeft  # noqa: F401 (makes the names mmseg::… resolve)
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.real import cell as cell_module  # noqa: E402
-from benchmarks.real import data, plan, report, tasks  # noqa: E402
+from benchmarks.real import data, few_shot, plan, report, tasks  # noqa: E402
 from benchmarks.real.halves import evaluate_halves, split_images  # noqa: E402
 
 CAMVID, COCO = tasks.TASKS['camvid'], tasks.TASKS['coco-mini']
@@ -367,6 +368,45 @@ def test_study_resumes(tmp_path, monkeypatch):
     args.budget = 0.
     run.Study(places, args).run_task('coco-mini')
     assert len(ran) == total
+
+
+def test_few_shots_are_laid_out(tmp_path):
+    """No image is in two lists, and each is its own."""
+    count, shots = 6 * 25, few_shot.SHOTS
+    labels = np.arange(count) % 6
+    split = (np.arange(count) >= 6 * 22).astype(np.uint8)
+    packed = dict(
+        data=np.arange(2 * count, dtype=np.uint16).view(np.uint8),
+        offsets=4 * np.arange(count + 1),
+        labels=labels,
+        split=split,
+        names=np.array([b'a', b'b', b'c', b'd', b'e', b'f']))
+    out = tmp_path / 'few_shot'
+    # Classes 0 and 5.
+    assert few_shot.lay_out(packed, out) == dict(
+        train=2 * shots, tune=2 * shots, test=2 * 3)
+    assert (out / 'classes.txt').read_text() == 'a\nf\n'
+    seen = set()
+    for name, part in dict(train=0, tune=0, test=1).items():
+        for line in (out / f'{name}.txt').read_text().splitlines():
+            path, number = line.split()
+            index = int(Path(path).stem)
+            assert (labels[index], split[index]) == (5 * int(number), part)
+            first = np.frombuffer((out / path).read_bytes(), np.uint16)[0]
+            assert first == 2 * index and path not in seen
+            seen.add(path)
+
+
+def test_the_plan_of_few_shots(monkeypatch):
+    """Every method is in it."""
+    from mmpeft import methods
+    from mmpeft.bench.plan_file import load_plan
+    monkeypatch.chdir(ROOT)
+    task = load_plan('benchmarks/real/few_shot_plan.py').tasks['few_shot']
+    kinds = {spec.partition(':')[0] for spec in task.methods.values()}
+    assert kinds == set(methods.__all__) - {
+        'PEFTModule', 'Selector', 'SideNetwork'
+    }
 
 
 @pytest.mark.real_data
