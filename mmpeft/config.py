@@ -75,11 +75,34 @@ def load_config(name: str) -> Config:
         path = _existing(root / relative, name)
     else:
         path = _existing(Path(name), name)
-    cfg = Config.fromfile(path)
+    cfg = _read(path)
     scope = package if colons else _library_of(Path(path))
     if scope in STOCK and cfg.get('default_scope') is None:
         cfg.default_scope = scope
     return cfg
+
+
+def _read(path: str) -> Config:
+    """The config, or one sentence on what is wrong with its text or bases."""
+    try:
+        return Config.fromfile(path)
+    except FileNotFoundError as error:
+        missing = error.filename or error
+        raise MissingFileError(f'{path} inherits from, or reads, a file that '
+                               f'is not there: {missing}.') from error
+    except SyntaxError as error:
+        raise PEFTError(f'{path} or a base of it is no valid Python, in line '
+                        f'{error.lineno}: {error.msg}.') from error
+    except (ValueError, AssertionError, ModuleNotFoundError) as error:
+        # What mmengine says of a name that is none, and of what it lacks.
+        said = ('::', 'not support to load', 'manually')
+        if isinstance(error, PEFTError) or not any(
+                words in str(error) for words in said):
+            raise
+        raise PEFTError(
+            f'{path} inherits by a name that leads nowhere; a base is the '
+            'path of a file, or LIBRARY::FOLDER/FILE.py of an installed one '
+            f'of {", ".join(LIBRARIES)}.') from error
 
 
 def _library_of(path: Path) -> Optional[str]:
@@ -214,7 +237,8 @@ def _which(cfg: Config, found: List[str]) -> str:
     if found:
         return (f'{len(found)} supported backbones are in this config, at '
                 f'{", ".join(found)}; choose one with --at.')
-    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    model = cfg.get('model')
+    backbone = isinstance(model, dict) and model.get('backbone') or {}
     # TIMMBackbone stands for any model of timm.
     kind = ' of '.join(
         repr(backbone[k]) for k in ('type', 'model_name') if k in backbone)

@@ -1,5 +1,5 @@
 """Join methods and block families: build stock, freeze, attach, guard."""
-import difflib
+import inspect
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch.nn as nn
@@ -15,6 +15,7 @@ from .plan import MethodPlan, parse_methods
 from .recompute import MEMORY
 from .registry import MODELS
 from .state import PEFTState, guard
+from .stock import build_stock
 
 __all__ = ['PEFTBackbone', 'Prepared', 'eject', 'inject', 'prepare']
 
@@ -80,15 +81,8 @@ def PEFTBackbone(stock: Union[str, type, None] = None,
             'attached modules again at every train(); remove it (the backbone '
             "is frozen already), or use PEFTBackbone(freeze=('patch_embed', "
             "'stages.0')) to keep stock parts frozen.")
-    try:
-        backbone = MODELS.build(dict(type=stock, **kwargs))
-    except KeyError as error:
-        if not isinstance(stock, str) or 'registry' not in str(error):
-            raise
-        raise PEFTError(
-            f'There is no stock backbone {stock!r}{_near(stock)}; write it as '
-            'in the stock config, with its library: '
-            "'mmdet.SwinTransformer'.") from error
+    ours = inspect.signature(PEFTBackbone).parameters
+    backbone = build_stock(stock, kwargs, list(ours))
     # timm-style backbones load while they are built.
     loaded = bool(getattr(backbone, '_is_init', False))
     return inject(
@@ -194,14 +188,6 @@ def eject(backbone: nn.Module) -> nn.Module:
         backbone.peft.release(backbone)
         del backbone.peft
     return backbone
-
-
-def _near(name: str) -> str:
-    """Backbones of the library with a similar name."""
-    scope, dot, bare = name.rpartition('.')
-    with MODELS.switch_scope_and_registry(scope or None) as registry:
-        close = difflib.get_close_matches(bare, registry.module_dict, 1)
-    return f' (did you mean {scope + dot + close[0]!r}?)' if close else ''
 
 
 def _blocks_of(backbone: nn.Module) -> List[Block]:

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import peft_cfg, stock_cfg
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from mmpeft.config import add_method, load_config
 from mmpeft.config_checks import check_config
 from mmpeft.errors import PEFTError
 
@@ -46,12 +48,29 @@ def test_method(method):
     (dict(stock='mmdet.SwinTransfomer'),
      "no stock backbone 'mmdet.SwinTransfomer' .did you mean "
      "'mmdet.SwinTransformer'"),
+    (dict(stock='mmdett.SwinTransformer'),
+     "did you mean 'mmdet.SwinTransformer'"),
+    (dict(stock='mmnone.SwinTransformer'), 'as mmnone is not installed'),
+    (dict(stock='SwinTransformer'), 'no stock backbone .* with its library'),
+    (dict(stock=dict(type='mmdet.SwinTransformer')), 'but got one of dict'),
+    (dict(stock=torch.nn.Identity()), 'one of Identity; mmpeft.apply takes'),
+    (dict(eval_frozn=True), "no argument 'eval_frozn' .did you mean 'eval_f"),
+    (dict(windw_size=7), "no argument 'windw_size' .did you mean 'window_s"),
+    (dict(stock='mmdet.FPN'), 'FPN. takes no argument .* as in the stock'),
     (dict(frozen_stages=1), 'frozen_stages=1 would freeze'),
 ])
 def test_backbone(change, match):
     pytest.importorskip('mmdet')
     with pytest.raises(PEFTError, match=match):
         MODELS.build(dict(peft_cfg('mmdet', 'LoRA:rank=4'), **change))
+
+
+def test_backbone_of_another_library():
+    pytest.importorskip('mmpretrain')
+    cfg = peft_cfg('mmdet', 'LoRA:rank=4')
+    cfg.update(stock='mmpretrain.SwinTransformer')
+    with pytest.raises(PEFTError, match="no argument '.*differ between libr"):
+        MODELS.build(cfg)
 
 
 def test_backbone_of_no_family():
@@ -81,6 +100,26 @@ def test_config():
         check_config(config(dict(stock_cfg('mmdet'), method='LoRA')))
     with pytest.raises(PEFTError, match="no method 'Mora'"):
         check_config(config(dict(good, method='Mora')))
+
+
+@pytest.mark.parametrize('text, match', [
+    ("_base_ = './gone.py'", 'a file that is not there: .*gone.py'),
+    ("_base_ = 'mmpeft::mona/gone.py'", 'a file that is not there: .*gone.py'),
+    ("_base_ = 'mmnone::mona/gone.py'", 'LIBRARY::FOLDER/FILE.py of an'),
+    ("_base_ = 'mmocr::dbnet/gone.py'", 'LIBRARY::FOLDER/FILE.py of an'),
+    ("_base_ = 'mmnone::gone.py'", 'LIBRARY::FOLDER/FILE.py of an'),
+    ('model = dict(\n', 'no valid Python, in line 1: .* never closed'),
+])
+def test_file(tmp_path, text, match):
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(PEFTError, match=match):
+        load_config(str(tmp_path / 'config.py'))
+
+
+def test_no_backbone():
+    for model in ({}, dict(model='mmdet.X'), dict(model=dict(type='mmdet.X'))):
+        with pytest.raises(PEFTError, match='No supported backbone'):
+            add_method(Config(model), 'LoRA')
 
 
 @pytest.mark.parametrize('text,match', [
