@@ -226,9 +226,9 @@ def test_merged_model_is_stock(base):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize('method', ['Mona:dim=4,drop_rate=0', 'LoRA:rank=4'])
-def test_two_ranks_equal_one_process(base, tmp_path, method):
+def test_two_ranks_equal_one_process(base, tmp_path):
     """Without find_unused_parameters."""
+    method = 'Mona:dim=4,drop_rate=0+LoRA:rank=4'
     single, double = str(tmp_path / 'one'), str(tmp_path / 'two')
     script(method, base, single)
     port = 29611 + os.getpid() % 1000
