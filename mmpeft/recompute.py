@@ -11,7 +11,7 @@ from .recipes import NoRecipes, Recipes, current
 
 __all__ = [
     'MEMORY', 'added', 'dropped', 'pass_on', 'recipes_for', 'recomputed',
-    'recomputed_if_lean', 'recomputed_sum'
+    'recomputed_if_lean'
 ]
 
 #: What ``PEFTBackbone(memory=...)`` may be.
@@ -45,18 +45,6 @@ def recomputed_if_lean(function: Callable, x: Tensor, *args: Any) -> Tensor:
     if recipes is not None and recipes.lean:
         return recomputed(function, x, *args)
     return function(x, *args)
-
-
-def recomputed_sum(x: Tensor, function: Callable, h: Tensor, *args:
-                   Any) -> Tensor:
-    """``x + function(h, *args)``, where ``function`` is a small GEMM; if lean,
-    the norm that follows need not keep it."""
-    y = x + function(h, *args)
-    recipes = current()
-    if recipes is not None and recipes.lean:
-        first, second = recipes.reference(x), recipes.reference(h)
-        recipes.add(y, lambda: first() + function(second(), *args))
-    return y
 
 
 def added(x: Tensor, branch: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mmpeft.ops import (activate, add_rows, depthwise, gelu_dropout,
-                        scale_shift, scaled_norm_linear, window_attention)
+from mmpeft.methods.mona import MonaOp
+from mmpeft.methods.mona_fold import fold_op
+from mmpeft.ops import (activate, add_rows, filtered_bottleneck, scale_shift,
+                        window_attention)
+from mmpeft.ops.depthwise import depthwise, depthwise_backward, kernel_grad
 from mmpeft.recipes import Recipes
 
 
@@ -66,16 +69,87 @@ def test_window_attention_in_half_precision():
     assert low.grad.dtype == torch.bfloat16
 
 
-def test_scaled_norm_linear():
+class Bottleneck(nn.Module):
+    """Of 5 channels, with 3 inside, on a map of 4 x 6."""
+
+    def __init__(self, rate=0.):
+        super().__init__()
+        self.down, self.up = nn.Linear(5, 3), nn.Linear(3, 5)
+        self.dropout = nn.Dropout(rate)
+        self.double()
+
+    def ours(self, y, scale, shift, skip, kernel, point, bias):
+        return filtered_bottleneck(y, (scale, shift, skip, 1e-5), self.down,
+                                   (kernel, point, bias), self.dropout,
+                                   self.up, (4, 6))
+
+    def plain(self, y, scale, shift, skip, kernel, point, bias):
+        t = self.down(F.layer_norm(y, (5, ), scale, shift) + y * skip)
+        t = F.linear(depthwise(t, kernel, (4, 6)), point, bias)
+        return y + self.up(self.dropout(F.gelu(t)))
+
+    def inputs(self):
+        return (drawn(2, 24, 5), *(drawn(5) for _ in range(3)),
+                drawn(3, 1, 7, 7), drawn(3, 3), drawn(3))
+
+
+@pytest.mark.parametrize('lean', [None, False, True])
+def test_filtered_bottleneck(lean):
     torch.manual_seed(0)
-    inputs = (drawn(2, 3,
-                    5), *(drawn(5) for _ in range(3)), drawn(4, 5), drawn(4))
+    module = Bottleneck()
 
-    def plain(y, scale, shift, skip, weight, bias):
-        u = F.layer_norm(y, (5, ), eps=1e-5) * scale + shift + y * skip
-        return u @ weight.t() + bias
+    def ours(y, *args):
+        if lean is None:
+            return module.ours(y, *args)
+        with Recipes(y, lean):
+            # What follows asks for the output, which is made again if lean.
+            return module.ours(y, *args)**2
 
-    compare(lambda *a: scaled_norm_linear(*a, 1e-5), plain, inputs)
+    def plain(*args):
+        return module.plain(*args)**(1 if lean is None else 2)
+
+    compare(ours, plain, module.inputs())
+    # Weights of layers are no arguments.
+    inputs, results = module.inputs(), []
+    for run in (ours, plain):
+        module.zero_grad()
+        (run(*inputs)**3).sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-10)
+
+
+def test_filtered_bottleneck_drops():
+    """The draw is that of nn.Dropout, and the gradient knows it."""
+    module = Bottleneck(.4)
+    inputs, results = module.inputs(), []
+    for run in (module.ours, module.plain):
+        torch.manual_seed(0)
+        y = run(*inputs)
+        results.append((y, *torch.autograd.grad((y**3).sum(), inputs)))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-10)
+
+
+def test_fold_op():
+    torch.manual_seed(0)
+    op = MonaOp(3).double()
+    names, parameters = zip(*op.named_parameters())
+
+    def ours(t, *parameters):
+        # The children hold plain tensors, so that gradients are of these.
+        for name, p in zip(names, parameters):
+            child, own = name.split('.')
+            op.get_submodule(child)._parameters[own] = p
+        kernel, point, bias = fold_op(op)
+        t = F.conv2d(t, kernel, padding=3, groups=3)
+        return F.conv2d(t, point[:, :, None, None], bias)
+
+    def plain(t, *parameters):
+        p = dict(zip(names, parameters))
+        return torch.func.functional_call(op, p, t)
+
+    compare(ours, plain, (drawn(2, 3, 4, 6), *parameters))
 
 
 @pytest.mark.parametrize('chunk', [1, 60, 2**20])
@@ -105,14 +179,20 @@ def test_add_rows(rows):
 @pytest.mark.parametrize('size', [3, 5, 7])
 def test_depthwise(size):
     torch.manual_seed(0)
-    tokens, kernel = drawn(2, 4 * 6, 3), drawn(3, 1, size, size)
-
-    def plain(t, k):
-        grid = t.transpose(1, 2).unflatten(2, (4, 6))
-        grid = F.conv2d(grid, k, padding=size // 2, groups=3)
-        return grid.flatten(2).transpose(1, 2)
-
-    compare(lambda t, k: depthwise(t, k, (4, 6)), plain, (tokens, kernel))
+    tokens, kernel = drawn(2, 5 * 7, 3), drawn(3, 1, size, size)
+    grad = drawn(2, 5 * 7, 3)
+    # (B, H * W, C) -> (B, C, H, W) and back
+    grid = tokens.transpose(1, 2).unflatten(2, (5, 7))
+    grid = F.conv2d(grid, kernel, padding=size // 2, groups=3)
+    expected = grid.flatten(2).transpose(1, 2)
+    assert torch.allclose(depthwise(tokens, kernel, (5, 7)), expected)
+    wanted = torch.autograd.grad(expected, (tokens, kernel), grad)
+    found = depthwise_backward(grad, tokens, kernel, (5, 7))
+    for a, b in zip(found, wanted):
+        assert torch.allclose(a, b, atol=1e-12)
+    for tile in (1, 3, 4, 32):
+        found = kernel_grad(grad, tokens, kernel, (5, 7), tile)
+        assert torch.allclose(found, wanted[1], atol=1e-12)
 
 
 @pytest.mark.parametrize('rate', [0., .4])
@@ -121,7 +201,7 @@ def test_activate(rate):
     dropout = nn.Dropout(rate).double()
     x = drawn(3, 40)
     results = []
-    for run in (lambda: dropout(F.gelu(x)), lambda: gelu_dropout(x, dropout)):
+    for run in (lambda: dropout(F.gelu(x)), lambda: activate(F.gelu, x, dropout)):
         torch.manual_seed(0)
         with Recipes(x, lean=True):
             y = run()

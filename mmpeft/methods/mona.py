@@ -3,9 +3,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise, gelu_dropout, scaled_norm_linear
+from ..ops import filtered_bottleneck
 from ..recipes import current
-from ..recompute import recomputed, recomputed_if_lean, recomputed_sum
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_rate, check_width
@@ -114,17 +113,11 @@ class Mona(PEFTModule):
     def _rearranged(self, tokens: Tensor, layout: TokenLayout) -> Tensor:
         """The same, with less to keep: the norm is part of the projection,
         and the four convolutions are two (see :class:`FoldedMona`)."""
-        scale = self.norm.weight * self.gamma
-        shift = self.norm.bias * self.gamma
-        t = scaled_norm_linear(tokens, scale, shift, self.gammax,
-                               self.project1.weight, self.project1.bias,
-                               self.norm.eps)
-        kernel, point, bias = fold_op(self.adapter_conv)
-        t = recomputed(depthwise, t, kernel, layout.hw_shape)
-        t = recomputed_if_lean(F.linear, t, point, bias)
-        t = gelu_dropout(t, self.dropout)
-        return recomputed_sum(tokens, F.linear, t, self.project2.weight,
-                              self.project2.bias)
+        norm = (self.norm.weight * self.gamma, self.norm.bias * self.gamma,
+                self.gammax, self.norm.eps)
+        return filtered_bottleneck(tokens, norm, self.project1,
+                                   fold_op(self.adapter_conv), self.dropout,
+                                   self.project2, layout.hw_shape)
 
     def folded(self) -> FoldedMona:
         return FoldedMona(self)
