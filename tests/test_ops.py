@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from mmpeft.methods.mona import MonaOp
 from mmpeft.methods.mona_fold import fold_op
-from mmpeft.ops import (activate, add_rows, filtered_bottleneck, scale_shift,
+from mmpeft.ops import (activate, add_rows, filtered_bottleneck, from_windows,
+                        plan_windows, scale_shift, to_windows,
                         window_attention)
 from mmpeft.ops.depthwise import depthwise, depthwise_backward, kernel_grad
 from mmpeft.recipes import Recipes
@@ -67,6 +68,35 @@ def test_window_attention_in_half_precision():
     assert torch.allclose(found.double(), expected, atol=.05)
     found.sum().backward()
     assert low.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('shift', [0, 3])
+@pytest.mark.parametrize('kind', ['mmdet', 'mmpretrain'])
+def test_windows(kind, shift):
+    """Against stock code: all windows, their mask and what comes back."""
+    module = pytest.importorskip('mmdet.models.backbones.swin' if kind ==
+                                 'mmdet' else 'mmpretrain.models.utils')
+    stock = module.ShiftWindowMSA(
+        4, num_heads=1, window_size=7, shift_size=shift)
+    seen, factor = {}, drawn(12, 49, 4)
+
+    def attend(x, mask):
+        seen.update(x=x, mask=mask)
+        return x * factor
+
+    stock.w_msa.forward = attend
+    tokens = drawn(2, 9 * 16, 4)
+    windows = plan_windows(2, (9, 16), 7, shift, tokens.device)
+
+    def ours(tokens):
+        return from_windows(to_windows(tokens, windows) * factor, windows, 2)
+
+    assert torch.equal(ours(tokens), stock(tokens, (9, 16)))
+    assert torch.equal(to_windows(tokens, windows), seen['x'])
+    assert (shift == 0) == (windows.mask is None) == (seen['mask'] is None)
+    if shift:
+        assert torch.equal(windows.mask, seen['mask'])
+    compare(ours, lambda t: stock(t, (9, 16)), (tokens, ))
 
 
 class Bottleneck(nn.Module):

@@ -4,7 +4,8 @@ from typing import Dict, List, Optional, Tuple
 import torch.nn as nn
 from torch import Tensor
 
-from ..ops import window_attention
+from ..ops import (from_windows, plan_windows, to_windows,
+                   window_attention)
 from ..recipes import current
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout
@@ -28,7 +29,15 @@ class SwinForward(PreNormForward):
         return self.peft.call(self._forward, x, layout, self.with_cp, hw_shape)
 
     def run_attention(self, normed: Tensor, hw_shape: tuple) -> Tensor:
-        return self.attn(normed, hw_shape)
+        attn, hw_shape = self.attn, tuple(map(int, hw_shape))
+        # In maps of one window mmpretrain shifts and pads by rules of its own.
+        if current() is None or min(hw_shape) <= attn.window_size:
+            return attn(normed, hw_shape)
+        batch = len(normed)
+        windows = plan_windows(batch, hw_shape, attn.window_size,
+                               attn.shift_size, normed.device)
+        out = attn.w_msa(to_windows(normed, windows), mask=windows.mask)
+        return attn.drop(from_windows(out, windows, batch))
 
     def run_mlp(self, normed: Tensor) -> Tensor:
         return self.ffn.gamma2(self.ffn.layers(normed))

@@ -4,8 +4,9 @@ from .dropped import activate
 from .filtered_bottleneck import filtered_bottleneck
 from .scale_shift import scale_shift
 from .window_attention import window_attention
+from .windows import from_windows, plan_windows, to_windows
 
 __all__ = [
-    'activate', 'add_rows', 'filtered_bottleneck', 'scale_shift',
-    'window_attention'
+    'activate', 'add_rows', 'filtered_bottleneck', 'from_windows',
+    'plan_windows', 'scale_shift', 'to_windows', 'window_attention'
 ]
