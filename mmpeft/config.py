@@ -93,16 +93,21 @@ def _read(path: str) -> Config:
     except SyntaxError as error:
         raise PEFTError(f'{path} or a base of it is no valid Python, in line '
                         f'{error.lineno}: {error.msg}.') from error
-    except (ValueError, AssertionError, ModuleNotFoundError) as error:
+    except PEFTError:
+        raise
+    except Exception as error:  # a config is a program
         # What mmengine says of a name that is none, and of what it lacks.
         said = ('::', 'not support to load', 'manually')
-        if isinstance(error, PEFTError) or not any(
-                words in str(error) for words in said):
-            raise
-        raise PEFTError(
-            f'{path} inherits by a name that leads nowhere; a base is the '
-            'path of a file, or LIBRARY::FOLDER/FILE.py of an installed one '
-            f'of {", ".join(LIBRARIES)}.') from error
+        if isinstance(error,
+                      (ValueError, AssertionError, ModuleNotFoundError)) and any(
+                          words in str(error) for words in said):
+            raise PEFTError(
+                f'{path} inherits by a name that leads nowhere; a base is the '
+                'path of a file, or LIBRARY::FOLDER/FILE.py of an installed '
+                f'one of {", ".join(LIBRARIES)}.') from error
+        text = ' '.join(str(error).split())
+        raise PEFTError(f'{path} cannot be read as a config '
+                        f'({type(error).__name__}: {text}).') from error
 
 
 def _library_of(path: Path) -> Optional[str]:

@@ -25,9 +25,9 @@ def whole_file(path: str) -> Iterator[str]:
     Raises:
         PEFTError: If the disk is full, or what else may go wrong with it.
     """
-    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
+        os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())

@@ -11,6 +11,8 @@ from mmengine.registry import MODELS
 
 from mmpeft.config import add_method, load_config
 from mmpeft.config_checks import check_config
+from mmpeft.engine.checkpoint import write_checkpoint
+from mmpeft.engine.run import build_runner
 from mmpeft.errors import PEFTError
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
@@ -109,6 +111,7 @@ def test_config():
     ("_base_ = 'mmocr::dbnet/gone.py'", 'LIBRARY::FOLDER/FILE.py of an'),
     ("_base_ = 'mmnone::gone.py'", 'LIBRARY::FOLDER/FILE.py of an'),
     ('model = dict(\n', 'no valid Python, in line 1: .* never closed'),
+    ('a = b', "cannot be read as a config .NameError: name 'b' is not"),
 ])
 def test_file(tmp_path, text, match):
     (tmp_path / 'config.py').write_text(text)
@@ -120,6 +123,17 @@ def test_no_backbone():
     for model in ({}, dict(model='mmdet.X'), dict(model=dict(type='mmdet.X'))):
         with pytest.raises(PEFTError, match='No supported backbone'):
             add_method(Config(model), 'LoRA')
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    file = tmp_path / 'file'
+    file.write_text('mine')
+    cfg = Config(dict(launcher='none', work_dir=str(file / 'run')))
+    with pytest.raises(PEFTError, match='cannot be made .*--work-dir'):
+        build_runner(cfg)
+    with pytest.raises(PEFTError, match='could not be written'):
+        write_checkpoint({}, str(file / 'x.pth'))
+    assert file.read_text() == 'mine'
 
 
 @pytest.mark.parametrize('text,match', [

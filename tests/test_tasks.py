@@ -14,7 +14,8 @@ from mmpeft.errors import MergeError, PEFTError
 
 NAMES = [
     'LoRA', 'Mona', 'BitFit', 'SSF', 'DoRA', 'FacTTK', 'VPTShallow', 'LST',
-    'E3VA', 'Full', 'AdaLoRA', 'PrefixTuning', 'SCT', 'GPS'
+    'E3VA', 'Full', 'AdaLoRA', 'PrefixTuning', 'SCT', 'GPS',
+    'DTL', 'NOAH'
 ]
 
 

@@ -15,6 +15,8 @@ from ..plan import parse_methods
 from ..safe_pickle import check_pickle
 from ..state import load_whole
 from ..whole_file import whole_file
+from .count import build_model, without_init
+from .delta_loading import check_whole
 from .safe_loading import guard_loading
 
 __all__ = [
@@ -134,7 +136,8 @@ def match_checkpoint(cfg: Config, path: str) -> Config:
     merged file, the stock one below it.
 
     Raises:
-        PEFTError: If the methods in the file are not those of the config.
+        PEFTError: If the methods in the file are not those of the config, or
+            if it holds none, and lacks parameters of the stock model, too.
     """
     if is_delta(path):
         return cfg  # compared with the model when it is loaded
@@ -143,7 +146,7 @@ def match_checkpoint(cfg: Config, path: str) -> Config:
     wanted = {
         plan.name
         for node in find_peft_backbones(cfg).values()
-        for plan in parse_methods(node['method']) if plan.is_module
+        for plan in parse_methods(node['method']) if not plan.is_selector
     }
     if inside == wanted:
         return cfg
@@ -156,7 +159,12 @@ def match_checkpoint(cfg: Config, path: str) -> Config:
             'checkpoint. It is tested as the stock model.',
             logger='current',
             level=logging.WARNING)
-        return strip_method(cfg)
+        stock = strip_method(cfg)
+        with without_init():
+            # Weights of a backbone are no merged model: with them, mmengine
+            # would warn, and test a head of random numbers.
+            check_whole(build_model(stock), state, path)
+        return stock
     raise PEFTError(
         f'{path} holds {_names(inside)}, but the config attaches '
         f'{_names(wanted)}; test it with the config it was trained with, or '

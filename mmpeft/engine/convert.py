@@ -19,6 +19,9 @@ def convert_checkpoint(args: Namespace) -> Report:
     """
     check_out(args.out, args.force, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
+    if 'peft_delta' in checkpoint:
+        raise PEFTError(f'{args.checkpoint} is a delta, without the weights '
+                        'of a backbone; convert its base, or a merged file.')
     state = checkpoint['state_dict']
     # Microsoft's and Meta's files keep the tensors under 'model'.
     if isinstance(state.get('model'), dict):

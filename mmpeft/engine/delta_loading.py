@@ -143,8 +143,10 @@ def _about(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     return dict(about, header=header, path=path)
 
 
-def check_whole(model: nn.Module, state: Any) -> None:
-    """Refuse a full checkpoint that lacks parameters of a model with methods.
+def check_whole(model: nn.Module,
+                state: Any,
+                path: str = 'The checkpoint') -> None:
+    """Refuse a full checkpoint that lacks parameters of a model.
 
     Stock would warn, and go on with random numbers.
 
@@ -163,7 +165,7 @@ def check_whole(model: nn.Module, state: Any) -> None:
     ]
     if lost:
         raise PEFTError(
-            f'The checkpoint does not belong to this model: {len(lost)} of '
+            f'{path} does not belong to this model: {len(lost)} of '
             f'its {len(own)} parameters are missing or of another shape, '
             f'such as {lost[0]!r}.')
 

@@ -1,4 +1,5 @@
 """From command line arguments to a Runner, for the tools."""
+import os
 import os.path as osp
 from argparse import Namespace
 from typing import Any, Dict, List, Optional
@@ -79,6 +80,12 @@ def _resume(cfg: Config, path: str) -> None:
 def build_runner(cfg: Config) -> Runner:
     """The stock Runner, or the one that the config asks for."""
     _distribute_on_cpu(cfg)
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+    except OSError as error:
+        raise PEFTError(f'The folder {cfg.work_dir} cannot be made '
+                        f'({error.strerror}); give another with '
+                        '--work-dir.') from error
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg \
         else RUNNERS.build(cfg)
     _log_rates(cfg)

@@ -2,10 +2,13 @@ import os
 
 import pytest
 import torch
-from conftest import peft_cfg, stock_cfg
+from conftest import METHODS, family_of, method_of, peft_cfg, stock_cfg
+from kinds import KINDS
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from mmpeft.engine import checkpoint
+from mmpeft.engine.listing import refusal
 from mmpeft.errors import MissingFileError, PEFTError
 
 
@@ -37,20 +40,41 @@ def test_strip_method_gives_the_stock_config():
 
 def test_files_are_told_apart_by_content(tmp_path):
     cfg = config(peft_cfg('mmdet', 'LoRA:rank=4+LNTune'))
-    key = 'backbone.stages.0.blocks.0.peft.{}.qkv.lora_A'
-    full, merged, other = (str(tmp_path / n) for n in ('f', 'm', 'o'))
-    one = torch.ones(1)
+    cfg.model = dict(cfg.model.backbone)  # no head
+    key = 'stages.0.blocks.0.peft.{}.qkv.lora_A'
+    full, merged, other, base = (str(tmp_path / n) for n in 'fmob')
+    one, whole = torch.ones(1), MODELS.build(stock_cfg('mmdet')).state_dict()
     checkpoint.write_checkpoint(
         dict(state_dict={key.format('lora'): one}), full)
-    checkpoint.write_checkpoint({'backbone.norm0.weight': one}, merged)
+    checkpoint.write_checkpoint(whole, merged)
     checkpoint.write_checkpoint({key.format('mona'): one}, other)
     assert checkpoint.match_checkpoint(cfg, full) is cfg
     stripped = checkpoint.match_checkpoint(cfg, merged)
-    assert stripped.model.backbone.type == 'mmdet.SwinTransformer'
+    assert stripped.model.type == 'mmdet.SwinTransformer'
     with pytest.raises(PEFTError, match='holds mona, .* attaches lora'):
         checkpoint.match_checkpoint(cfg, other)
     with pytest.raises(MissingFileError, match='no checkpoint'):
         checkpoint.match_checkpoint(cfg, str(tmp_path / 'nothing'))
+    # What training starts from is no merged model.
+    del whole['norm0.weight']
+    checkpoint.write_checkpoint(whole, base)
+    with pytest.raises(PEFTError, match="1 of its .*'norm0.weight'"):
+        checkpoint.match_checkpoint(cfg, base)
+
+
+@pytest.mark.parametrize('kind', ['mmdet', 'vit'])
+def test_every_method_is_known_in_its_files(tmp_path, kind):
+    """Also of networks, which are beside the blocks, and what is shared."""
+    pytest.importorskip(KINDS[kind].library)
+    path = str(tmp_path / 'x.pth')
+    for name in ('Mona', 'VPTShallow', 'FacTTK', 'VeRA', 'BAPAT', 'SCT', 'GPS',
+                 'NOAH', 'LST', 'E3VA', 'LAST', 'DTL', 'HST', 'BitFit'):
+        if refusal(method_of(name), family_of(kind)):
+            continue
+        cfg = config(peft_cfg(kind, METHODS[name]))
+        state = MODELS.build(cfg.model.backbone).state_dict()
+        checkpoint.write_checkpoint(dict(state_dict=state), path)
+        assert checkpoint.match_checkpoint(cfg, path) is cfg, name
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

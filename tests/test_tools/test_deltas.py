@@ -3,6 +3,7 @@ import json
 import os.path as osp
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import segmentor  # noqa: E402
 
 from mmpeft.delta_file import read_delta  # noqa: E402
 from mmpeft.engine.checkpoint import write_checkpoint  # noqa: E402
+from mmpeft.engine.convert import convert_checkpoint  # noqa: E402
+from mmpeft.errors import PEFTError  # noqa: E402
 
 ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 
@@ -83,6 +86,20 @@ def test_inspect(trained):
     assert 'base.pth' in text and "'a', 'b', 'c'" in text
     wrong = tool('inspect_peft.py', trained / 'iter_2.pth', code=2)
     assert 'is a pickle and no safetensors' in wrong.stderr
+
+
+def test_no_delta_is_converted(trained, tmp_path):
+    """It has few weights of a backbone, and names of its own."""
+    out = tmp_path / 'x.pth'
+    with pytest.raises(PEFTError, match='is a delta, .*convert its base'):
+        convert_checkpoint(
+            Namespace(
+                checkpoint=str(trained / 'iter_2_delta.safetensors'),
+                out=str(out),
+                force=False,
+                source=None,
+                to='mm-swin'))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize('kind', ['full', 'delta', 'merged'])
