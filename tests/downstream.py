@@ -68,12 +68,16 @@ _FOLDERS = dict(
     pipeline=[dict(type='LoadImageFromFile'),
               dict(type='PackInputs')])
 CLASSIFIER = {
-    'model.backbone':
-    dict(
-        _delete_=True,
-        type='SwinTransformer',
-        init_cfg=dict(type='Pretrained', checkpoint='mmpretrain.pth'),
-        **CLASSIFIER_SWIN),
+    'model.backbone.arch':
+    dict(_delete_=True, **CLASSIFIER_SWIN['arch']),
+    'model.backbone.img_size':
+    CLASSIFIER_SWIN['img_size'],
+    'model.backbone.pad_small_map':
+    True,
+    'model.backbone.drop_path_rate':
+    0.,
+    'model.backbone.init_cfg':
+    dict(_delete_=True, type='Pretrained', checkpoint='mmpretrain.pth'),
     'model.head.in_channels':
     64,
     'model.head.num_classes':

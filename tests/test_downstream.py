@@ -25,7 +25,6 @@ NAMED = '''_base_ = 'mmpeft::mona/mask-rcnn_swin-b_coco.py'
 model = dict(backbone=dict(method=dict(dim=4)))
 optim_wrapper = dict(optimizer=dict(lr=0.02))
 '''
-STOCK_CLASSIFIER = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 CONFIGS = dict(
     mmdet=("__import__('mmpeft').config_path("
            "'lora/mask-rcnn_swin-b_coco.py')", DETECTOR, {
@@ -35,13 +34,10 @@ CONFIGS = dict(
            "'lora/upernet_swin-nano_shapes.py')", SEGMENTOR, {
                'model.backbone.method.rank': 2
            }),
-    # mmpretrain has no config of ours to inherit from.
-    mmpretrain=(repr(STOCK_CLASSIFIER), CLASSIFIER, {
-        'custom_imports': dict(imports=['mmpeft']),
-        'model.backbone.type': 'mmpeft.PEFTBackbone',
-        'model.backbone.stock': 'mmpretrain.SwinTransformer',
-        'model.backbone.method': dict(type='LoRA', rank=2)
-    }))
+    mmpretrain=("__import__('mmpeft').config_path('lora/swin-b_cub.py')",
+                CLASSIFIER, {
+                    'model.backbone.method.rank': 2
+                }))
 
 
 @pytest.fixture(scope='module')
