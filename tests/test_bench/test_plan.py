@@ -9,6 +9,7 @@ from mmpeft.bench.cell_config import TaskConfigs, config_text, fit_budget
 from mmpeft.bench.cells import Cell, next_cells
 from mmpeft.bench.plan import Budget
 from mmpeft.bench.plan_file import load_plan, presets
+from mmpeft.bench.published import read_published
 from mmpeft.config import load_config
 from mmpeft.errors import MissingFileError, PEFTError
 
@@ -195,3 +196,18 @@ def test_presets_say_what_they_need(monkeypatch):
             cfg = load_config(task.config).to_dict()
             for budget in (task.budget, task.tune_budget):
                 fit_budget(dict(cfg), budget, task.name)
+
+
+def test_classification_has_what_the_survey_prints(tmp_path, monkeypatch):
+    """And HST the head of its config."""
+    monkeypatch.delenv('MMPEFT_DATA_ROOT', raising=False)
+    task = load_plan('classification').tasks['cifar']
+    kinds = {spec.partition(':')[0] for spec in task.methods.values()}
+    assert {r['method'] for r in read_published()
+            if r['task'] == 'vtab-1k'} <= kinds
+    configs = TaskConfigs(task, str(tmp_path))
+    model = configs.of(Cell('cifar', 'HST', 'final', 0, 1e-3))['model']
+    shipped = load_config('mmpeft::hst/vit-b_vtab.py').to_dict()['model']
+    assert (model['neck'], model['head']) == (shipped['neck'], shipped['head'])
+    other = configs.of(Cell('cifar', 'Mona', 'final', 0, 1e-3))['model']
+    assert other['head']['type'] == 'VisionTransformerClsHead'

@@ -22,6 +22,9 @@ methods = {
     'VPTDeep': 'VPTDeep:num_tokens=50',
     'PrefixTuning': 'PrefixTuning:num_tokens=20',
     'SSF': 'SSF',
+    # Uniform; tools/search_noah.py finds widths for each block.
+    'NOAH': 'NOAH:num_tokens=10,rank=10,dim=10',
+    'SCT': 'SCT:num_channels=96',
     'FacTTT': 'FacTTT:rank=16',
     'FacTTK': 'FacTTK:rank=32',
     'RepAdapter': 'RepAdapter:dim=8',
@@ -32,6 +35,8 @@ methods = {
     'BAPAT': 'BAPAT:dim=32,adaptformer_dim=64',
     'DTL': 'DTL:rank=2',
     'DTLPlus': 'DTLPlus:rank=2',
+    'HST': 'HST',
+    'GPS': 'GPS:num_inputs=1',
     'Mona': 'Mona:dim=64'
 }
 tasks = {
@@ -40,6 +45,14 @@ tasks = {
         config='mmpeft::_base_/vit-b_vtab.py',
         metric='accuracy/top1',
         env=dict(VTAB_TASK=_task),
+        # As in configs/hst/vit-b_vtab.py.
+        method_options=dict(
+            HST=dict(
+                model=dict(
+                    neck=dict(
+                        _delete_=True, type='mmpretrain.GlobalAveragePooling'),
+                    head=dict(
+                        type='mmpretrain.LinearClsHead', in_channels=72)))),
         options=dict(
             train_dataloader=dict(dataset=dict(data_root=f'{_root}/{_task}')),
             val_dataloader=dict(dataset=dict(data_root=f'{_root}/{_task}'))),
