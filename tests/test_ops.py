@@ -231,7 +231,8 @@ def test_activate(rate):
     dropout = nn.Dropout(rate).double()
     x = drawn(3, 40)
     results = []
-    for run in (lambda: dropout(F.gelu(x)), lambda: activate(F.gelu, x, dropout)):
+    for run in (lambda: dropout(F.gelu(x)),
+                lambda: activate(F.gelu, x, dropout)):
         torch.manual_seed(0)
         with Recipes(x, lean=True):
             y = run()

@@ -4,8 +4,7 @@ from typing import Dict, List, Optional, Tuple
 import torch.nn as nn
 from torch import Tensor
 
-from ..ops import (from_windows, plan_windows, to_windows,
-                   window_attention)
+from ..ops import from_windows, plan_windows, to_windows, window_attention
 from ..recipes import current
 from ..registry import SITE_MAPS
 from ..sites import TokenLayout

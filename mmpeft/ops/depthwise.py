@@ -44,9 +44,10 @@ def depthwise_backward(grad: Tensor, tokens: Tensor, kernel: Tensor,
     if grad.device.type == 'cpu' and grad.dtype != torch.float64:
         return d_tokens, kernel_grad(grad, tokens, kernel, hw_shape)
     d_kernel = torch.ops.aten.convolution_backward(
-        _grid(grad, hw_shape), _grid(tokens.to(grad), hw_shape),
-        kernel.to(grad), None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1],
-        False, [0, 0], len(kernel), [False, True, False])[1]
+        _grid(grad, hw_shape), _grid(tokens.to(grad),
+                                     hw_shape), kernel.to(grad),
+        None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0],
+        len(kernel), [False, True, False])[1]
     return d_tokens, d_kernel.to(kernel)
 
 

@@ -16,11 +16,11 @@ from .scaled_norm import scaled_norm_linear, scaled_norm_linear_backward
 __all__ = ['filtered_bottleneck']
 
 
-def filtered_bottleneck(y: Tensor, norm: Tuple[Tensor, Tensor, Tensor, float],
-                        down: nn.Linear, filters: Tuple[Tensor, Tensor,
-                                                        Tensor],
-                        dropout: nn.Dropout, up: nn.Linear,
-                        hw_shape: Tuple[int, int]) -> Tensor:
+def filtered_bottleneck(y: Tensor, norm: Tuple[Tensor, Tensor, Tensor,
+                                               float], down: nn.Linear,
+                        filters: Tuple[Tensor, Tensor,
+                                       Tensor], dropout: nn.Dropout,
+                        up: nn.Linear, hw_shape: Tuple[int, int]) -> Tensor:
     r"""A norm beside a scaled skip, a bottleneck with a filter, and a skip::
 
         t = W1 (scale LN(y) + shift + skip y) + b1
@@ -35,8 +35,8 @@ def filtered_bottleneck(y: Tensor, norm: Tuple[Tensor, Tensor, Tensor, float],
     and what :func:`depthwise_backward` and :func:`scaled_norm_linear_backward`
     make of ``df``. Kept are ``y``, ``t``, what the dropout keeps (a byte per
     number) and two numbers per token; unless the block is lean, ``s``, too.
-    It is one function since there are few operations in it: 100 small ones
-    take as long as a narrow map of 32 x 32.
+    It is one function, as on a small map starting an operation takes longer
+    than doing it.
 
     Args:
         y (Tensor): (B, H * W, d).
@@ -145,8 +145,7 @@ class _FilteredBottleneck(Function):
         # All narrow maps in the precision of the first, which autocast chose.
         kernel_t, point, point_bias, up = (
             p.to(t) for p in (kernel, point, point_bias, up))
-        f, s, h = ctx.narrow.again((t, keep, s),
-                                   (kernel_t, point, point_bias))
+        f, s, h = ctx.narrow.again((t, keep, s), (kernel_t, point, point_bias))
         rows = grad.flatten(0, 1).to(t)
         d_h = (rows @ up).view_as(h)
         d_s = torch.ops.aten.gelu_backward(
@@ -158,7 +157,7 @@ class _FilteredBottleneck(Function):
                                             ctx.needs_input_grad[2])
         if grads[0] is not None:
             grads[0] += grad
-        return (None, None, *grads, d_kernel,
-                (d_s.t() @ f.flatten(0, 1)).to(kernel), d_s.sum(0).to(kernel),
-                (rows.t() @ h.flatten(0, 1)).to(kernel),
+        return (None, None,
+                *grads, d_kernel, (d_s.t() @ f.flatten(0, 1)).to(kernel),
+                d_s.sum(0).to(kernel), (rows.t() @ h.flatten(0, 1)).to(kernel),
                 grad.sum((0, 1)).to(kernel))

@@ -66,8 +66,9 @@ def scaled_norm_linear_backward(grad: Tensor, y: Tensor, mean: Tensor,
         d_y = torch.ops.aten.native_layer_norm_backward(
             du, y, scale.shape, mean, rstd, scale, shift,
             [True, False, False])[0].addcmul_(du, skip.to(du))
-    d_weight = torch.outer(total, shift).addcmul_(by_norm, scale).addcmul_(
-        by_skip, skip)
+    d_weight = torch.outer(total,
+                           shift).addcmul_(by_norm,
+                                           scale).addcmul_(by_skip, skip)
     return [
         d_y, (weight * by_norm).sum(0), total @ weight,
         (weight * by_skip).sum(0), d_weight, total

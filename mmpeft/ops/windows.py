@@ -39,23 +39,23 @@ def plan_windows(batch: int, hw_shape: Tuple[int, int], window: int,
     height, width = hw_shape
     tokens = torch.arange(height * width, device=device).view(1, *hw_shape)
     # A place without a token has the number -1.
-    numbers = F.pad(tokens, (0, -width % window, 0, -height % window), value=-1)
-    numbers = _partition(
-        numbers[0].roll((-shift, -shift), (0, 1)), window)
+    numbers = F.pad(
+        tokens, (0, -width % window, 0, -height % window), value=-1)
+    numbers = _partition(numbers[0].roll((-shift, -shift), (0, 1)), window)
     samples = torch.arange(batch, device=device)[:, None]
     rows = (numbers.flatten() + samples * height * width).flatten()
     lacks = (numbers < 0).flatten().repeat(batch)
-    places = torch.empty(batch * height * width, dtype=torch.long, device=device)
+    places = torch.empty(
+        batch * height * width, dtype=torch.long, device=device)
     found = (~lacks).nonzero()[:, 0]
     places[rows[found]] = found
     mask = None
     if shift:
         sides = [n + -n % window for n in hw_shape]
         # Three strips each way: whole windows, and both parts of the last.
-        strips = [
-            (torch.arange(n, device=device)[:, None] >= torch.tensor(
-                [n - window, n - shift], device=device)).sum(1) for n in sides
-        ]
+        strips = [(torch.arange(n, device=device)[:, None]
+                   >= torch.tensor([n - window, n - shift],
+                                   device=device)).sum(1) for n in sides]
         regions = _partition(3 * strips[0][:, None] + strips[1], window)
         mask = regions[:, None] != regions[:, :, None]
         mask = mask * -100.
