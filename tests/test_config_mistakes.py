@@ -2,12 +2,13 @@
 import os.path as osp
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from conftest import peft_cfg, stock_cfg
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 
 from mmpeft.config import add_method, load_config
 from mmpeft.config_checks import check_config
@@ -32,6 +33,13 @@ METHODS = {
     'Full+BitFit': 'Full and BitFit would both train',
     'VPTShallow:num_tokens=2+VPTDeep:num_tokens=2': 'cannot stand together',
 }
+
+
+@pytest.fixture(autouse=True)
+def no_scope(monkeypatch):
+    """As in a fresh process: models that other tests built leave the scope of
+    their library behind, in which a bare name is found."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.mark.parametrize('method', METHODS)
