@@ -123,7 +123,7 @@ def run(*args, cwd, env=None):
                           cwd=cwd,
                           env=env,
                           text=True,
-                          timeout=300,
+                          timeout=1200,
                           stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
