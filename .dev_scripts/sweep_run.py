@@ -55,7 +55,9 @@ class Sweep:
         try:
             cfg = load_config(name)
         except Exception as error:
-            broken = str(Outcome(STOCK_BROKEN, 'loading: ' + _line(error)))
+            # Ours names the file, whose folder differs between machines.
+            cause = error.__cause__ or error
+            broken = str(Outcome(STOCK_BROKEN, 'loading: ' + _line(cause)))
             return dict(at='', type='', **dict.fromkeys(METHODS, broken))
         found = find_backbones(cfg)
         if not found:

@@ -98,9 +98,8 @@ def _read(path: str) -> Config:
     except Exception as error:  # a config is a program
         # What mmengine says of a name that is none, and of what it lacks.
         said = ('::', 'not support to load', 'manually')
-        if isinstance(error,
-                      (ValueError, AssertionError, ModuleNotFoundError)) and any(
-                          words in str(error) for words in said):
+        kinds = (ValueError, AssertionError, ModuleNotFoundError)
+        if isinstance(error, kinds) and any(w in str(error) for w in said):
             raise PEFTError(
                 f'{path} inherits by a name that leads nowhere; a base is the '
                 'path of a file, or LIBRARY::FOLDER/FILE.py of an installed '

@@ -31,7 +31,7 @@ def build_stock(stock: Union[str, type], kwargs: Dict[str, Any],
     if not isinstance(stock, str) and (isinstance(stock, nn.Module)
                                        or not callable(stock)):
         raise PEFTError(
-            "stock is the type of the stock backbone, such as "
+            'stock is the type of the stock backbone, such as '
             "'mmdet.SwinTransformer', with its arguments beside it, but got "
             f'one of {type(stock).__name__}; mmpeft.apply takes a model that '
             'is built.')

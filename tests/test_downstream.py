@@ -116,7 +116,7 @@ def trained(repository):
 #: One process that knows the libraries makes a fresh one for each prediction.
 #: A detector of random weights finds boxes whose scores differ by less than
 #: rounding: which are kept, and in which order, says nothing. What its network
-#: computes before boxes are chosen is compared instead, on boxes that are given.
+#: computes before boxes are chosen is compared instead, on boxes of ours.
 PREDICT = '''
 import importlib.util, json, os, sys
 import mmdet.apis, mmpretrain.apis, mmseg.apis

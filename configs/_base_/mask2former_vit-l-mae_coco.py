@@ -17,5 +17,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
             f'backbone.layers.{i}.ln{j}': _base_.no_decay
-            for i in range(12, 24) for j in (1, 2)
+            for i in range(12, 24)
+            for j in (1, 2)
         }))
