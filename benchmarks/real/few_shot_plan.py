@@ -15,7 +15,7 @@ tasks = dict(
         config='benchmarks/real/configs/few_shot_deit-tiny.py',
         metric='accuracy/top1',
         # Frozen chooses the rate of the head; lrs is for the backbone.
-        tuning=dict(lrs=(5e-4, 5e-3), head_lrs=(3e-3, 1e-2, 3e-2)),
+        tuning=dict(lrs=(5e-5, 5e-4, 5e-3, 5e-2), head_lrs=(3e-3, 1e-2, 3e-2)),
         tune=dict(val_dataloader=dict(dataset=dict(ann_file='tune.txt'))),
         # Runs of seconds: one that is killed starts again.
         checkpoint_interval=30,
