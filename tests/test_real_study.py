@@ -404,9 +404,8 @@ def test_the_plan_of_few_shots(monkeypatch):
     monkeypatch.chdir(ROOT)
     task = load_plan('benchmarks/real/few_shot_plan.py').tasks['few_shot']
     kinds = {spec.partition(':')[0] for spec in task.methods.values()}
-    assert kinds == set(methods.__all__) - {
-        'PEFTModule', 'Selector', 'SideNetwork'
-    }
+    assert kinds == set(
+        methods.__all__) - {'PEFTModule', 'Selector', 'SideNetwork'}
 
 
 @pytest.mark.real_data

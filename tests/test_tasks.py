@@ -14,8 +14,7 @@ from mmpeft.errors import MergeError, PEFTError
 
 NAMES = [
     'LoRA', 'Mona', 'BitFit', 'SSF', 'DoRA', 'FacTTK', 'VPTShallow', 'LST',
-    'E3VA', 'Full', 'AdaLoRA', 'PrefixTuning', 'SCT', 'GPS',
-    'DTL', 'NOAH'
+    'E3VA', 'Full', 'AdaLoRA', 'PrefixTuning', 'SCT', 'GPS', 'DTL', 'NOAH'
 ]
 
 

@@ -128,13 +128,12 @@ def test_the_one_norm_of_deit3(name, image):
     """It is called before both branches, and the other one is not."""
     stock, peft = peft_of('DeiT3', name)
     trained = [n for n, p in peft.named_parameters() if p.requires_grad]
-    assert any(n.startswith('layers.0.ln1.') for n in trained) == (name !=
-                                                                   'SSF')
+    assert any(n.startswith('layers.0.ln1.') for n in trained) == (
+        name != 'SSF')
     assert not any('.ln2.' in n for n in trained)
     if name == 'SSF':
-        assert set(peft.layers[0].peft.ssf) == {
-            'norm1', 'qkv', 'proj', 'fc1', 'fc2'
-        }
+        assert set(
+            peft.layers[0].peft.ssf) == {'norm1', 'qkv', 'proj', 'fc1', 'fc2'}
         norm = stock.layers[0].ln1
         perturb(peft).eval(), stock.eval()
         own = peft.layers[0].peft.ssf['norm1']

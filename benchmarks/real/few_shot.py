@@ -2,9 +2,10 @@
 
     python benchmarks/real/few_shot.py --data-root DIR --out data/few_shot
 
-The data folder is that of ``README.md``. Every fifth of its 100 classes; the first ten training images of each are
-``train.txt``, the next ten ``tune.txt`` (rates are chosen there), and its
-validation images ``test.txt``. One line per image: path and number of the
+The data folder is that of ``README.md``. Every fifth of its 100 classes; the
+first ten training images of each are ``train.txt``, the next ten ``tune.txt``
+(rates are chosen there), and its validation images ``test.txt``.
+One line per image: path and number of the
 class, as in the lists of VTAB-1k. The weights of DeiT-tiny are linked beside.
 """
 
@@ -21,10 +22,9 @@ PACKED = 'tiny_imagenet_100/tiny_imagenet_100.npz'
 
 def choose(labels: np.ndarray, split: np.ndarray, label: int) -> dict:
     """Name of a list -> the numbers of a class's images in it."""
-    train, test = (np.flatnonzero((labels == label) & (split == part))
-                   for part in (0, 1))
-    return dict(
-        train=train[:SHOTS], tune=train[SHOTS:2 * SHOTS], test=test)
+    train, test = (
+        np.flatnonzero((labels == label) & (split == part)) for part in (0, 1))
+    return dict(train=train[:SHOTS], tune=train[SHOTS:2 * SHOTS], test=test)
 
 
 def lay_out(packed: dict, out: Path) -> dict:

@@ -61,5 +61,5 @@ tasks = dict(
             HST=dict(
                 model=dict(
                     neck=dict(type='mmpretrain.GlobalAveragePooling'),
-                    head=dict(
-                        type='mmpretrain.LinearClsHead', in_channels=72))))))
+                    head=dict(type='mmpretrain.LinearClsHead',
+                              in_channels=72))))))

@@ -35,7 +35,9 @@ def measure_costs(task: Task, rows: Sequence[Dict[str, Any]], folder: str,
         measured has none.
     """
     own = task.method_options
-    groups = {f'costs_{task.name}': [r for r in rows if r['method'] not in own]}
+    groups = {
+        f'costs_{task.name}': [r for r in rows if r['method'] not in own]
+    }
     for row in rows:
         if row['method'] in own:
             name = f'costs_{task.name}_{plain_name(row["method"])}'

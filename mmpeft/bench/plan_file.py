@@ -127,8 +127,9 @@ def _task(name: str, said: Dict[str, Any]) -> Task:
         tune_budget=_budget(tuning.get('budget') or said.get('budget'), where),
         checkpoint_interval=said.get('checkpoint_interval'),
         costs=dict(said.get('costs') or {}))
-    _known(values.get('method_options', ()),
-           tuple(values['methods']), f'method_options of {where}')
+    _known(
+        values.get('method_options', ()), tuple(values['methods']),
+        f'method_options of {where}')
     _known(values['costs'], _COSTS, f'costs of {where}')
     if values['costs'] and 'image_size' not in values['costs']:
         raise PEFTError(f'{where}: costs need image_size=(height, width).')

@@ -203,8 +203,8 @@ def test_classification_has_what_the_survey_prints(tmp_path, monkeypatch):
     monkeypatch.delenv('MMPEFT_DATA_ROOT', raising=False)
     task = load_plan('classification').tasks['cifar']
     kinds = {spec.partition(':')[0] for spec in task.methods.values()}
-    assert {r['method'] for r in read_published()
-            if r['task'] == 'vtab-1k'} <= kinds
+    assert {r['method']
+            for r in read_published() if r['task'] == 'vtab-1k'} <= kinds
     configs = TaskConfigs(task, str(tmp_path))
     model = configs.of(Cell('cifar', 'HST', 'final', 0, 1e-3))['model']
     shipped = load_config('mmpeft::hst/vit-b_vtab.py').to_dict()['model']

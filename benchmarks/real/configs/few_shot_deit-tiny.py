@@ -86,8 +86,7 @@ param_scheduler = [
         begin=5,
         end=max_iters)
 ]
-train_cfg = dict(
-    by_epoch=False, max_iters=max_iters, val_interval=max_iters)
+train_cfg = dict(by_epoch=False, max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict()
 test_cfg = dict()
 

@@ -51,8 +51,8 @@ tasks = {
                 model=dict(
                     neck=dict(
                         _delete_=True, type='mmpretrain.GlobalAveragePooling'),
-                    head=dict(
-                        type='mmpretrain.LinearClsHead', in_channels=72)))),
+                    head=dict(type='mmpretrain.LinearClsHead',
+                              in_channels=72)))),
         options=dict(
             train_dataloader=dict(dataset=dict(data_root=f'{_root}/{_task}')),
             val_dataloader=dict(dataset=dict(data_root=f'{_root}/{_task}'))),
