@@ -405,9 +405,13 @@ def test_refuses_what_is_no_supernet(trained, tmp_path):
     """A stock checkpoint, records of other searches, and a file of the
     user's."""
     args = dict(work_dir=str(tmp_path))
-    with pytest.raises(PEFTError, match='has no NOAH in it'):
-        search.run_search(
-            arguments(trained, checkpoint=str(trained / 'base.pth'), **args))
+    whole = torch.load(trained / 'run' / 'iter_4.pth', weights_only=False)
+    stock = {k: v for k, v in whole['state_dict'].items() if '.peft.' not in k}
+    torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
+    for path, said in ((tmp_path / 'stock.pth', 'has no NOAH in it'),
+                       (trained / 'base.pth', 'does not belong to this')):
+        with pytest.raises(PEFTError, match=said):
+            search.run_search(arguments(trained, checkpoint=str(path), **args))
     for content, said in (('{', 'is no record of a search'),
                           ('{"about": {}, "subnets": []}',
                            'with another version and config and checkpoint')):
