@@ -7,12 +7,11 @@ from typing import Any, Dict, Sequence, Union
 
 import torch.nn as nn
 
+from .config import STOCK
 from .errors import PEFTError
 from .registry import MODELS
 
 __all__ = ['build_stock']
-
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def build_stock(stock: Union[str, type], kwargs: Dict[str, Any],
@@ -61,7 +60,7 @@ def _near(name: str) -> str:
     scope, dot, bare = name.rpartition('.')
     library = scope.partition('.')[0]
     if library and importlib.util.find_spec(library) is None:
-        close = difflib.get_close_matches(library, LIBRARIES, 1)
+        close = difflib.get_close_matches(library, STOCK, 1)
         if close and close[0] != library:
             return f' (did you mean {close[0] + dot + bare!r}?)'
         return f', as {library} is not installed'
