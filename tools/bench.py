@@ -52,6 +52,11 @@ def parse_args():
     parser.add_argument(
         '--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
+        '--cold',
+        action='store_true',
+        help='let each run import the libraries anew; on a CPU and without a '
+        'launcher, they are forked from a process that has them')
+    parser.add_argument(
         '--budget',
         type=float,
         metavar='MINUTES',

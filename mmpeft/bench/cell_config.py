@@ -54,6 +54,11 @@ class TaskConfigs:
             cfg.pop('work_dir', None)
         self._weights = _weights_digest(self.phases['final'])
 
+    @property
+    def library(self) -> str:
+        """The stock library of the task."""
+        return self.phases['final'].get('default_scope', 'mmengine')
+
     def check(self) -> None:
         """Raise if data or weights are missing, naming the task."""
         for phase, cfg in self.phases.items():

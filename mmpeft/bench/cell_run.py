@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional
 
 from ..counting import ppt_factor
 from ..errors import PEFTError
-from .launch import Launcher, locked, start
+from .launch import Launcher, locked
 from .plan import Task
 
 __all__ = ['CellRun', 'measured', 'tidy', 'utc']
@@ -90,10 +90,9 @@ class CellRun:
                     return dict(exit_status=0, record=record)
                 if self._stopped.is_set():
                     return None
-                self.process = start(
-                    self.launcher.command(
-                        osp.join(self.folder, 'cell.py'), self.work_dir,
-                        self.arguments), self.log, self.env, lock)
+                self.process = self.launcher.start(
+                    osp.join(self.folder, 'cell.py'), self.work_dir,
+                    self.arguments, self.log, self.env, lock)
                 if self._stopped.is_set():
                     self.process.terminate()
                 status = self.process.wait()

@@ -10,11 +10,11 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from ..errors import MissingFileError, PEFTError
 
-__all__ = ['Launcher', 'locked', 'start', 'tool']
+__all__ = ['Launcher', 'follower', 'locked', 'start', 'tool']
 
 _PR_SET_PDEATHSIG = 1
 
@@ -39,6 +39,8 @@ class Launcher:
         srun_args (str): More arguments for srun, such as the partition.
         extra (list[str]): More arguments for ``tools/train.py``.
         script (str, optional): Run instead of ``tools/train.py``.
+        warm (Warm, optional): Starts runs of the kind 'none' on a CPU, from
+            a process that has imported the libraries.
     """
 
     kind: str = 'none'
@@ -46,6 +48,13 @@ class Launcher:
     srun_args: str = ''
     extra: List[str] = field(default_factory=list)
     script: Optional[str] = None
+    warm: Any = None
+
+    def start(self, config: str, work_dir: str, arguments: List[str], log: str,
+              env: Dict[str, str], lock: int):
+        """Start the run that :meth:`command` describes, as :func:`start`."""
+        begin = start if self.warm is None else self.warm.start
+        return begin(self.command(config, work_dir, arguments), log, env, lock)
 
     def command(self, config: str, work_dir: str,
                 arguments: List[str]) -> List[str]:
@@ -99,6 +108,18 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def follower() -> Callable[[], None]:
+    """A function that makes a new process end when the thread that started it
+    does."""
+    prctl = getattr(ctypes.CDLL(None), 'prctl', None)  # Linux has it
+
+    def follow() -> None:
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return follow
+
+
 def start(command: List[str],
           log: str,
           env: Dict[str, str],
@@ -114,12 +135,7 @@ def start(command: List[str],
         out (str, optional): Gets its standard output alone.
     """
     # Looked up before the fork: other threads may hold the loader's lock.
-    prctl = getattr(ctypes.CDLL(None), 'prctl', None)  # Linux has it
-
-    def follow():
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
+    follow = follower()
     with open(log, 'w') as said, open(out or log, 'a') as output:
         return subprocess.Popen(
             command,

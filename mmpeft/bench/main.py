@@ -1,6 +1,8 @@
 """What tools/bench.py does."""
 import contextlib
+import dataclasses
 import json
+import multiprocessing
 import os
 import os.path as osp
 import signal
@@ -23,6 +25,7 @@ from .progress import Watch, status_table
 from .rows import results_file
 from .study import Study
 from .table import read_rows
+from .warm import Warm
 
 __all__ = ['main']
 
@@ -69,6 +72,10 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
             console.print(
                 f'{cell.name}: {said}', highlight=False, markup=False)
 
+        if not args.cold and _can_fork(launcher):
+            launcher = dataclasses.replace(
+                launcher, warm=Warm({c.library
+                                     for c in configs.values()}))
         study = Study(plan, folder, configs, launcher, args.retry_failed, tell)
         with Watch(study, console) as watch:
             study.run(args.jobs, args.budget, watch)
@@ -86,6 +93,13 @@ def run_plan(plan: Plan, folder: str, args: Namespace,
     if failed:
         console.print(f'{failed} cells failed; status says why, '
                       '--retry-failed runs them again.')
+
+
+def _can_fork(launcher: Launcher) -> bool:
+    """CUDA is not for forks, and other launchers start their own."""
+    import torch
+    return (launcher.kind == 'none' and not torch.cuda.is_available()
+            and 'forkserver' in multiprocessing.get_all_start_methods())
 
 
 @contextlib.contextmanager

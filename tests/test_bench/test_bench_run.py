@@ -52,6 +52,7 @@ def here(plan, out, action='run', **options):
                     ranks=1,
                     srun_args=None,
                     amp=False,
+                    cold=False,
                     jobs=2,
                     budget=None,
                     retry_failed=False,
@@ -70,9 +71,9 @@ def table(folder):
     }
 
 
-def killed(plan, out, when):
+def killed(plan, out, when, *arguments):
     """Start and kill it; whether it was still at it."""
-    process = bench(plan, 'run', '--work-dir', str(out))
+    process = bench(plan, 'run', '--work-dir', str(out), *arguments)
     when(process)
     alive = process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
@@ -87,7 +88,8 @@ def environment(monkeypatch):
 
 
 def test_a_plan_trains(tmp_path, capsys):
-    """Killed once, after the second checkpoint of Mona."""
+    """Killed once, after the second checkpoint of Mona; started with the
+    libraries and without."""
     plan = write_plan(
         tmp_path,
         methods=dict(Mona='Mona:dim=4', Full='Full', Frozen='Frozen'),
@@ -103,7 +105,7 @@ def test_a_plan_trains(tmp_path, capsys):
                 out.glob('cells/*Mona*/run/iter_4.pth')):
             time.sleep(.02)
 
-    killed(plan, out, second_checkpoint)
+    killed(plan, out, second_checkpoint, '--cold')
     record = out / 'cells/seg_Mona_final_seed0/run/record.json'
     halfway = not record.exists()
     capsys.readouterr()

@@ -6,13 +6,20 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from mmpeft.bench.cell_run import CellRun
 from mmpeft.bench.launch import Launcher, locked, start, tool
+from mmpeft.bench.warm import Warm
 from mmpeft.errors import PEFTError
 
+ROOT = Path(__file__).resolve().parents[2]
+ENV = dict(
+    os.environ,
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
 # Takes the arguments of tools/train.py, and acts as the config says.
 SCRIPT = """
 import json, os, runpy, signal, sys, time
@@ -27,12 +34,18 @@ exec(open(config).read())
 """
 
 
-def cell(tmp_path, text, digest='d'):
+@pytest.fixture(params=['cold', 'warm'])
+def cell(request, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
-    return CellRun(
-        str(tmp_path / 'cell'), text, digest, ['--method', 'Mona'],
-        Launcher(script=str(script)), {})
+    warm = Warm([]) if request.param == 'warm' else None
+
+    def run(text, digest='d', env={}):
+        return CellRun(
+            str(tmp_path / 'cell'), text, digest, ['--method', 'Mona'],
+            Launcher(script=str(script), warm=warm), env)
+
+    return run
 
 
 def kill_self(starts):
@@ -40,14 +53,14 @@ def kill_self(starts):
             'record(metric=1)')
 
 
-def test_a_run_is_recorded(tmp_path):
-    result = cell(tmp_path, 'record(metric=1)').run()
+def test_a_run_is_recorded(cell):
+    result = cell('record(metric=1)').run()
     assert result['exit_status'] == 0
     assert result['record'] == dict(
         metric=1, starts=1, rest=['--method', 'Mona'])
     # What is there is not run again, unless it was another.
-    assert cell(tmp_path, 'record(metric=2)').run() == result
-    other = cell(tmp_path, 'record(metric=2)', 'other').run()
+    assert cell('record(metric=2)').run() == result
+    other = cell('record(metric=2)', 'other').run()
     assert (other['record']['metric'], other['record']['starts']) == (2, 1)
 
 
@@ -58,38 +71,71 @@ def test_a_run_is_recorded(tmp_path):
     ("print('bye')", 0, 'status 0: bye'),
     (kill_self(9), -9, 'killed by signal 9, 3 times'),
 ])
-def test_a_failure_has_a_reason(tmp_path, text, status, reason):
-    result = cell(tmp_path, text).run()
+def test_a_failure_has_a_reason(cell, text, status, reason):
+    result = cell(text).run()
     assert result['exit_status'] == status
     assert reason in result['reason']
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    assert cell(tmp_path, kill_self(3)).run()['record']['starts'] == 3
+def test_a_killed_run_goes_on(cell):
+    assert cell(kill_self(3)).run()['record']['starts'] == 3
 
 
-def test_a_stopped_run_leaves_no_result(tmp_path):
-    run = cell(tmp_path, 'time.sleep(60)')
+def test_a_stopped_run_leaves_no_result(cell):
+    run = cell('time.sleep(60)')
     threading.Timer(.5, run.stop).start()
     began = time.monotonic()
     assert run.run() is None
     assert time.monotonic() - began < 20
 
 
-def test_runs_do_not_outlive_the_benchmark(tmp_path):
+def test_a_run_finds_what_it_is_told(cell, tmp_path):
+    """Environment, output, arguments and threads."""
+    run = cell(
+        'import torch; print("said"); '
+        'record(a=os.environ["A"], threads=torch.get_num_threads(), '
+        'path=os.environ.get("PYTHONPATH"), argv=sys.argv[1:])',
+        env=dict(A='b', OMP_NUM_THREADS='2'))
+    record = run.run()['record']
+    # MKL takes no more threads than it has cores.
+    cores = len(os.sched_getaffinity(0))
+    assert (record['a'], record['threads']) == ('b', min(2, cores))
+    assert record['path'] == os.environ.get('PYTHONPATH')
+    assert record['argv'][1:4] == ['--work-dir', run.work_dir, '--resume']
+    with open(run.log) as log:
+        assert log.read() == 'said\n'
+
+
+PARENT = """
+from mmpeft.bench.launch import locked, start
+from mmpeft.bench.warm import Warm
+
+if __name__ == '__main__':
+    begin = Warm([]).start if {warm} else start
+    with locked({lock!r}) as held:
+        begin([{python!r}, {script!r}], {log!r}, {{}}, held).wait()
+"""
+SLEEPER = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
+
+
+@pytest.mark.parametrize('warm', [False, True])
+def test_runs_do_not_outlive_the_benchmark(tmp_path, warm):
     """Not even one that was killed; and nobody starts beside them."""
-    lock = tmp_path / 'lock'
-    code = ('import time\n'
-            'from mmpeft.bench.launch import locked, start\n'
-            f'with locked({str(lock)!r}) as held:\n'
-            "    run = start(['sleep', '60'], "
-            f'{str(tmp_path / "log")!r}, {{}}, held)\n'
-            '    print(run.pid, flush=True)\n'
-            '    run.wait()\n')
-    parent = subprocess.Popen([sys.executable, '-c', code],
-                              stdout=subprocess.PIPE,
-                              text=True)
-    child = int(parent.stdout.readline())
+    lock, log = tmp_path / 'lock', tmp_path / 'log'
+    script, code = tmp_path / 'sleeper.py', tmp_path / 'parent.py'
+    script.write_text(SLEEPER)
+    code.write_text(
+        PARENT.format(
+            warm=warm,
+            lock=str(lock),
+            python=sys.executable,
+            script=str(script),
+            log=str(log)))
+    parent = subprocess.Popen([sys.executable, str(code)], cwd=ROOT, env=ENV)
+    while not (log.exists() and log.read_text().endswith('\n')):
+        assert parent.poll() is None
+        time.sleep(.05)
+    child = int(log.read_text())
     with pytest.raises(PEFTError, match='Another process'), locked(str(lock)):
         pass
     os.kill(parent.pid, signal.SIGKILL)
