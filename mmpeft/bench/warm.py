@@ -98,7 +98,9 @@ def _first_start() -> Iterator[None]:
     out = os.dup(1)
     os.dup2(2, 1)
     try:
-        with mock.patch.dict(os.environ, PYTHONPATH=path):
+        # Unbuffered, as its forks would say again what is in a buffer.
+        with mock.patch.dict(
+                os.environ, PYTHONPATH=path, PYTHONUNBUFFERED='1'):
             yield
     finally:
         os.dup2(out, 1)
