@@ -101,6 +101,32 @@ def test_swapped_equals_built(name, image, tmp_path):
     assert [type(m) for m in stock.modules()] == kinds
 
 
+def test_a_network_with_outputs_of_its_own(image, tmp_path):
+    """HST's are of other widths, so it takes turns on a backbone without a
+    head for them."""
+    pytest.importorskip(KINDS['vit'].library)
+    files, expected = {}, {}
+    for name in ('HST', 'LoRA'):
+        stock, peft = build_pair('vit', METHODS[name])
+        evaluated(perturb(peft))
+        files[name] = str(tmp_path / f'{name}_delta.safetensors')
+        mmpeft.save_delta(peft, files[name])
+        expected[name] = peft(image)
+    base = evaluated(stock)(image)
+    for name, file in files.items():
+        mmpeft.attach(stock, file, name)
+    for name in ('HST', 'LoRA', 'HST'):
+        mmpeft.set_active(stock, name)
+        found = stock(image)
+        assert [f.shape for f in found] == [f.shape for f in expected[name]]
+        assert all(map(torch.equal, found, expected[name]))
+    with mmpeft.disable(stock):
+        assert all(map(torch.equal, stock(image), base))
+    for name in files:
+        mmpeft.detach(stock, name)
+    assert all(map(torch.equal, stock(image), base))
+
+
 @pytest.mark.parametrize('kind', ['vit', 'mmpretrain'])
 def test_other_families(kind, image, tmp_path):
     stock, peft = models('LoRA', kind)

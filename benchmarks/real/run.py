@@ -62,6 +62,10 @@ def parse_args(args=None) -> argparse.Namespace:
     parser.add_argument(
         '--retry-failed', action='store_true', help='run failed cells again')
     parser.add_argument(
+        '--prepare',
+        action='store_true',
+        help='only lay out the data in the cache')
+    parser.add_argument(
         '--report',
         action='store_true',
         help='only write the table from the results there are')
@@ -190,14 +194,15 @@ def main() -> int:
                 data.prepare_camvid(data_root, cache, task.size)
             else:
                 data.prepare_coco(data_root, cache)
-            study.run_task(name)
+            if not args.prepare:
+                study.run_task(name)
     except data.DataError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('stopped; the same command goes on', file=sys.stderr)
         return 130
-    if args.iters is None:
+    if args.iters is None and not args.prepare:
         # Without this, another task's failed cells would be left out.
         args.retry_failed = False
         for name in TASKS:
