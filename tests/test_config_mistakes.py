@@ -1,11 +1,10 @@
 """Mistakes in a config: one sentence, before anything is trained."""
 import os.path as osp
-import subprocess
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
+from commands import run_tool
 from conftest import peft_cfg, stock_cfg
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -157,15 +156,8 @@ def test_tools_say_it_in_one_sentence(tmp_path, text, match):
     file = tmp_path / 'config.py'
     file.write_text(f'_base_ = {base!r}\n{text}\n'
                     'train_dataloader = dict(dataset=dict(indices=2))\n')
-    done = subprocess.run([
-        sys.executable,
-        osp.join(ROOT, 'tools',
-                 'count_params.py' if 'Backbon\'' in text else 'train.py'),
-        str(file)
-    ],
-                          capture_output=True,
-                          text=True,
-                          cwd=tmp_path)
+    tool = 'count_params.py' if 'Backbon\'' in text else 'train.py'
+    done = run_tool(tool, file, cwd=tmp_path)
     assert done.returncode == 2, done.stderr[-1500:]
     assert match in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path / 'work_dirs').exists()

@@ -1,17 +1,14 @@
 """Names of weights in different libraries, against the libraries' models."""
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run_tool
 from conftest import perturb
 from mmengine.registry import MODELS, init_default_scope
 
 from mmpeft.errors import PEFTError
 from mmpeft.key_styles import STYLES, convert, hint, style_of
 
-ROOT = Path(__file__).resolve().parents[1]
 VIT = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=64)
 
 
@@ -191,22 +188,15 @@ def test_hint():
 def test_command(tmp_path):
     source, out = tmp_path / 'in.pth', tmp_path / 'out.pth'
     torch.save(dict(model=timm_style(), epoch=3), source)
-    command = [
-        sys.executable, ROOT / 'tools' / 'convert_checkpoint.py', source, out,
-        '--to'
-    ]
-    done = subprocess.run([*command, 'mmpretrain-vit'],
-                          capture_output=True,
-                          text=True)
+    command = ('convert_checkpoint.py', source, out, '--to', 'mmpretrain-vit')
+    done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     assert 'renamed blocks.0.norm1.weight -> layers.0.ln1.weight' \
         in done.stdout
     assert 'kept cls_token' in done.stdout
     written = torch.load(out, weights_only=True)['state_dict']
     mm_vit().load_state_dict(written, strict=True)
-    again = subprocess.run([*command, 'mmpretrain-vit'],
-                           capture_output=True,
-                           text=True)
+    again = run_tool(*command)
     assert again.returncode == 2 and 'exists already' in again.stderr
 
 

@@ -1,12 +1,10 @@
 """Which backbones of a config are supported, told without building them."""
 import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch.nn as nn
+from commands import run_tool
 from mmengine.config import Config
 
 from mmpeft.backbones.recognise import makes_other_blocks
@@ -14,8 +12,6 @@ from mmpeft.config import configs_root, find_backbones, load_config
 
 pytest.importorskip('mmpretrain')
 stock = importlib.import_module('mmpretrain.models.backbones')
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class OtherBlocks(stock.VisionTransformer):
@@ -101,13 +97,9 @@ def test_own_config_keeps_its_scope(tmp_path):
 
 
 def test_count_of_a_backbone_without_a_head():
-    done = subprocess.run([
-        sys.executable, ROOT / 'tools/count_params.py',
-        'mmpretrain::dinov2/vit-small-p14_dinov2-pre_headless.py', '--method',
-        'LoRA:rank=4', '--json'
-    ],
-                          capture_output=True,
-                          text=True)
+    done = run_tool('count_params.py',
+                    'mmpretrain::dinov2/vit-small-p14_dinov2-pre_headless.py',
+                    '--method', 'LoRA:rank=4', '--json')
     row, = json.loads(done.stdout)
     # 12 blocks, q and v, 384 -> 4 -> 384
     assert row['backbone_trainable'] == 12 * 2 * 2 * 384 * 4, done.stderr

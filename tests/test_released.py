@@ -1,10 +1,8 @@
 """Checkpoints with the names of the released Mona repository."""
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run_tool
 from conftest import peft_cfg, perturb
 from mmengine.registry import MODELS
 
@@ -12,7 +10,6 @@ from mmpeft.errors import PEFTError
 from mmpeft.key_styles import reorder
 from mmpeft.released import convert_released, method_of
 
-ROOT = Path(__file__).resolve().parents[1]
 # As its classes have them (swin_transformer_*.py of the released code), by
 # what is attached.
 BOTTLENECK = [
@@ -114,22 +111,14 @@ def test_command(tmp_path):
     torch.save(
         dict(meta=dict(epoch=12, CLASSES=['a']), state_dict=state),
         tmp_path / 'in.pth')
-    done = subprocess.run([
-        sys.executable, ROOT / 'tools' / 'convert_checkpoint.py',
-        tmp_path / 'in.pth', tmp_path / 'out.pth', '--from', 'mona'
-    ],
-                          capture_output=True,
-                          text=True)
+    done = run_tool('convert_checkpoint.py', tmp_path / 'in.pth',
+                    tmp_path / 'out.pth', '--from', 'mona')
     assert done.returncode == 0, done.stderr
     # The released scale is 1 / 64, and not our default of 1.
     assert 'mona, LoRA:rank=64,alpha=1 to mm-swin' in done.stdout
     written = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert written['meta'] == dict(epoch=12)
     model.load_state_dict(written['state_dict'], strict=True)
-    done = subprocess.run([
-        sys.executable, ROOT / 'tools' / 'convert_checkpoint.py',
-        tmp_path / 'in.pth', tmp_path / 'other.pth'
-    ],
-                          capture_output=True,
-                          text=True)
+    done = run_tool('convert_checkpoint.py', tmp_path / 'in.pth',
+                    tmp_path / 'other.pth')
     assert done.returncode == 2 and '--from mona' in done.stderr

@@ -1,21 +1,17 @@
 """Merged weights, taken apart again with the delta and its base."""
 import copy
-import os.path as osp
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn as nn
+from commands import run_tool
 from conftest import METHODS, build_pair, perturb
 
 import mmpeft
 from mmpeft.engine.checkpoint import write_checkpoint
 from mmpeft.engine.merge import unmerge_checkpoint
 from mmpeft.errors import MergeError, PEFTError
-
-ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 
 
 class Model(nn.Module):
@@ -131,28 +127,17 @@ def test_command(tmp_path):
             state_dict=mmpeft.merged_state_dict(model),
             meta=dict(epoch=3, dataset_meta=dict(classes=('a', )))),
         str(tmp_path / 'merged.pth'))
-    command = [
-        sys.executable,
-        osp.join(ROOT, 'tools/merge_peft.py'),
-        *(str(tmp_path / n) for n in ('config.py', 'merged.pth', 'out.pth')),
-        '--unmerge',
-        str(tmp_path / 'x_delta.safetensors')
-    ]
-    env = dict(
-        PATH='/usr/bin:/bin',
-        OMP_NUM_THREADS='1',
-        PYTHONPATH=osp.join(ROOT, 'tests'))
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    merged, out, delta = (
+        str(tmp_path / n)
+        for n in ('merged.pth', 'out.pth', 'x_delta.safetensors'))
+    done = run_tool('merge_peft.py', tmp_path / 'config.py', merged, out,
+                    '--unmerge', delta)
     assert done.returncode == 0, done.stderr[-2000:]
     found = torch.load(tmp_path / 'out.pth')
     assert equal(found['state_dict'], model.state_dict())
     assert found['meta']['epoch'] == 3
     assert 'LoRA' in found['meta']['cfg']
     args = Namespace(
-        out=command[-1],
-        force=True,
-        checkpoint=command[3],
-        unmerge=command[-1],
-        base=None)
+        out=delta, force=True, checkpoint=merged, unmerge=delta, base=None)
     with pytest.raises(PEFTError, match='never a file that is read'):
         unmerge_checkpoint(args)

@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
 from multiprocessing import connection, reduction
-from typing import Dict, Iterable, Iterator, List, Optional
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 from unittest import mock
 
 from .launch import follower
@@ -33,8 +34,9 @@ class _Run:
     def terminate(self) -> None:
         self._process.terminate()
 
-    def wait(self) -> int:
-        connection.wait([self._process.sentinel])
+    def wait(self, timeout: Optional[float] = None) -> int:
+        if not connection.wait([self._process.sentinel], timeout):
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
         with _LOCK:
             self._process.join()
         return self._process.exitcode
@@ -76,7 +78,8 @@ class Warm:
               command: List[str],
               log: str,
               env: Dict[str, str],
-              lock: Optional[int] = None) -> _Run:
+              lock: Optional[int] = None,
+              out: Optional[str] = None) -> _Run:
         """As :func:`mmpeft.bench.launch.start`; ``command`` is a Python, a
         script and its arguments."""
         env = dict(os.environ, **env)
@@ -84,7 +87,7 @@ class Warm:
             self._context.set_forkserver_preload(self._modules)
             process = self._context.Process(
                 target=_run,
-                args=(command[1:], log, env, os.getcwd(),
+                args=(command[1:], (out or log, log), env, os.getcwd(),
                       None if lock is None else _Inherited(lock)))
             process.start()
         return _Run(process)
@@ -112,8 +115,8 @@ def _end_with_benchmark() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(arguments: List[str], log: str, env: Dict[str, str], folder: str,
-         lock: Optional[int]) -> None:
+def _run(arguments: List[str], outputs: Tuple[str, str], env: Dict[str, str],
+         folder: str, lock: Optional[int]) -> None:
     """In the fork: what ``python arguments...`` does. ``lock`` stays open
     until it ends."""
     # The process that it is forked from lives as long as any of them does, so
@@ -121,9 +124,10 @@ def _run(arguments: List[str], log: str, env: Dict[str, str], folder: str,
     follower()()
     threading.Thread(target=_end_with_benchmark, daemon=True).start()
     os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    for path in outputs:
+        open(path, 'w').close()
+    for stream, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

@@ -1,16 +1,12 @@
 """The command as a user types it."""
 import json
-import os
-import os.path as osp
-import subprocess
-import sys
 
 import pytest
 import segmentor
+from commands import run_tool
 
 pytest.importorskip('mmseg')
 
-ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 SMALL = ('--image-size', '36', '44', '--clock', 'cpu')
 
 
@@ -22,13 +18,7 @@ def config(tmp_path_factory):
 
 
 def benchmark(*arguments, status=0):
-    done = subprocess.run(
-        [sys.executable,
-         osp.join(ROOT, 'tools', 'benchmark.py'), *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-        timeout=300)
+    done = run_tool('benchmark.py', *arguments)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 

@@ -1,8 +1,5 @@
 """The commands about deltas, on files of a real run."""
 import json
-import os.path as osp
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -11,25 +8,16 @@ import torch
 pytest.importorskip('mmseg')
 
 import segmentor  # noqa: E402
+from commands import run_tool  # noqa: E402
 
 from mmpeft.delta_file import read_delta  # noqa: E402
 from mmpeft.engine.checkpoint import write_checkpoint  # noqa: E402
 from mmpeft.engine.convert import convert_checkpoint  # noqa: E402
 from mmpeft.errors import PEFTError  # noqa: E402
 
-ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
-
 
 def tool(name, *args, code=0):
-    done = subprocess.run(
-        [sys.executable,
-         osp.join(ROOT, 'tools', name), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=dict(
-            PATH='/usr/bin:/bin',
-            OMP_NUM_THREADS='1',
-            PYTHONPATH=osp.join(ROOT, 'tests')))
+    done = run_tool(name, *args)
     assert done.returncode == code, done.stderr[-2000:]
     return done
 

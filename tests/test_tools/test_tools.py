@@ -15,17 +15,20 @@ ROOT = osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__))))
 sys.path.insert(0, osp.join(ROOT, 'tests'))
 
 import segmentor  # noqa: E402
+from commands import run_tool  # noqa: E402
 
 
 def command(tool, *args, status=0, script=False):
-    run = ['bash'] if script else [sys.executable]
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable)
-    env['PYTHONPATH'] = osp.join(ROOT, 'tests')
-    done = subprocess.run([*run, osp.join(ROOT, 'tools', tool), *args],
-                          capture_output=True,
-                          text=True,
-                          env=env,
-                          timeout=300)
+    if script:
+        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable)
+        env['PYTHONPATH'] = osp.join(ROOT, 'tests')
+        done = subprocess.run(['bash', osp.join(ROOT, 'tools', tool), *args],
+                              capture_output=True,
+                              text=True,
+                              env=env,
+                              timeout=300)
+    else:
+        done = run_tool(tool, *args)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
