@@ -22,11 +22,12 @@ def command(tool, *args, status=0, script=False):
     if script:
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable)
         env['PYTHONPATH'] = osp.join(ROOT, 'tests')
-        done = subprocess.run(['bash', osp.join(ROOT, 'tools', tool), *args],
-                              capture_output=True,
-                              text=True,
-                              env=env,
-                              timeout=300)
+        done = subprocess.run(
+            ['bash', osp.join(ROOT, 'tools', tool), *args],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=300)
     else:
         done = run_tool(tool, *args)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
