@@ -1,5 +1,6 @@
 """Show what was measured: progress, a table, a chart."""
 import os.path as osp
+import re
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -56,7 +57,9 @@ def print_table(rows: Sequence[Dict[str, Any]]) -> None:
         reasons: Dict[str, List[str]] = {}
         for row in rows:
             if row[name]:
-                reasons.setdefault(row[name], []).append(row['method'])
+                # One sentence for all that have nothing to fold.
+                reason = re.sub(', which has .*?;', ';', row[name])
+                reasons.setdefault(reason, []).append(row['method'])
         for reason, methods in reasons.items():
             methods = list(dict.fromkeys(methods))
             console.print(
