@@ -173,7 +173,7 @@ def test_only_the_declared_parameters_move(base, method):
 
 @pytest.mark.parametrize('method', [
     'Mona:dim=4,drop_rate=0', 'LST:reduction=4', 'VPTShallow:num_tokens=3',
-    'LoRA:rank=4,init=pissa'
+    'LoRA:rank=4,init=pissa', 'DTLPlus:rank=2', 'E3VA:dim=8'
 ])
 def test_resume_equals_one_run(base, tmp_path, method):
     whole, losses = segmentor.train(
