@@ -92,6 +92,13 @@ def rendered(rows):
     if any(r['peak_bytes'] is not None for r in rows):
         columns['peak, MiB'] = lambda r: f'{r["peak_bytes"] / MIB:.0f}'
         columns['peak / Full'] = lambda r: number(r['ratio_peak'], 3)
+    # What was not measured has no column.
+    columns = {
+        name: cell
+        for name, cell in columns.items() if any(map(cell, rows))
+    }
+    if 'step, s' not in columns:
+        columns.pop('floor of it')
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     how = rows[0]['settings']
     height, width = how['image_size']
