@@ -22,9 +22,9 @@ tasks = dict(
         config='mmpeft::_base_/upernet_swin-nano_shapes.py',
         metric='mIoU',
         seeds=(0, 1, 2),
-        budget=dict(iters=120),
+        budget=dict(iters=80),
         tuning=dict(
-            lrs=(2.5e-4, 1e-3, 4e-3, 1.6e-2), budget=dict(iters=60), seed=100),
+            lrs=(2.5e-4, 1e-3, 4e-3, 1.6e-2), budget=dict(iters=40), seed=100),
         holdout=5,
         options=dict(
             train_dataloader=dict(batch_size=4),
