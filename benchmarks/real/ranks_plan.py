@@ -6,11 +6,12 @@ title = 'Few-shot classification: width of the bottleneck'
 
 seeds = (0, )
 methods = dict(
-    _delete_=True, **{
+    _delete_=True,
+    **{
         f'{method}-{number}': f'{method}:{argument}={number}{rest}'
         for method, argument, rest in (('LoRA', 'rank', ',targets=[q,v]'),
-                                       ('AdaptFormer', 'dim', ',scale=0.1'),
-                                       ('Mona', 'dim', ''))
+                                       ('AdaptFormer', 'dim',
+                                        ',scale=0.1'), ('Mona', 'dim', ''))
         for number in (1, 4, 16, 64)
     })
 tasks = dict(few_shot=dict(method_options=dict(_delete_=True)))
