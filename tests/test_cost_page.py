@@ -72,7 +72,7 @@ def test_the_page_is_up_to_date():
 
 
 def test_tables_are_filled_in(tmp_path):
-    (tmp_path / 'x.json').write_text(json.dumps([row('Mona'), row('LST')]))
+    (tmp_path / 'x.json').write_text(json.dumps([row('Mona'), row('LST', ratio_latency_merged=1.)]))
     page = cost_table.filled(PAGE, str(tmp_path))
     assert page.startswith('Before.\n\n<!-- cost: x.json -->\n\n`c.py`: ')
     assert 'batch of 2 x 64 x 96, fp32, cpu, 1 threads, torch 2.1' in page
@@ -99,3 +99,17 @@ def test_tables_are_filled_in(tmp_path):
 ])
 def test_how_far_gradients_go_back(method, path):
     assert cost_table.path_of(method) == path
+
+
+def test_what_was_not_measured_has_no_column():
+    """As with no rounds, which is bytes alone."""
+    nothing = dict(
+        step_s=None,
+        ratio_step=None,
+        ratio_latency=None,
+        ratio_latency_folded=None)
+    text = cost_table.rendered([row('Mona', **nothing)])
+    head = next(t for t in text.splitlines() if t.startswith('| method'))
+    assert [c.strip() for c in head.split('|')[1:-1]] == [
+        'method', 'memory', 'trains', 'kept, MiB', '/ Full', 'floor'
+    ]
