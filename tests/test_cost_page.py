@@ -72,7 +72,9 @@ def test_the_page_is_up_to_date():
 
 
 def test_tables_are_filled_in(tmp_path):
-    (tmp_path / 'x.json').write_text(json.dumps([row('Mona'), row('LST', ratio_latency_merged=1.)]))
+    (tmp_path / 'x.json').write_text(
+        json.dumps([row('Mona'),
+                    row('LST', ratio_latency_merged=1.)]))
     page = cost_table.filled(PAGE, str(tmp_path))
     assert page.startswith('Before.\n\n<!-- cost: x.json -->\n\n`c.py`: ')
     assert 'batch of 2 x 64 x 96, fp32, cpu, 1 threads, torch 2.1' in page
