@@ -1,6 +1,8 @@
 # All methods on CamVid with DeiT-tiny, in shorter runs than those of
-# `run.py`, which has three seeds of seven methods. docs/en/bench_camvid.md
-# says how to run it and what came out.
+# `run.py`, which has three seeds of seven methods. It was not run yet. Its data:
+#     python benchmarks/real/run.py --data-root DIR --cache data/real \
+#         --tasks camvid-vit --prepare
+# and the folder `deit_tiny` of DIR linked into `data`.
 _base_ = ['./few_shot_plan.py']
 name = 'camvid'
 title = 'CamVid, DeiT-tiny with a SETR head'
