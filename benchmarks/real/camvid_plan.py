@@ -1,5 +1,5 @@
 # All methods on CamVid with DeiT-tiny, in shorter runs than those of
-# `run.py`, which has three seeds of seven methods. It was not run yet. Its data:
+# `run.py`, which has three seeds of seven methods. Not run yet. Its data:
 #     python benchmarks/real/run.py --data-root DIR --cache data/real \
 #         --tasks camvid-vit --prepare
 # and the folder `deit_tiny` of DIR linked into `data`.
