@@ -98,7 +98,7 @@ def rendered(rows):
         for name, cell in columns.items() if any(map(cell, rows))
     }
     if 'step, s' not in columns:
-        columns.pop('floor of it')
+        columns.pop('floor of it', None)
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     how = rows[0]['settings']
     height, width = how['image_size']

@@ -4,36 +4,21 @@
 #
 # Methods have the settings of the preset `classification` (the survey's for
 # VTAB-1k with ViT-B); as DeiT-tiny is four times narrower, numbers of 16 and
-# more are divided by four, smaller ones are kept.
+# more are divided by four, smaller ones are kept. Below is what differs, and
+# what the preset does not have.
+_base_ = ['../../mmpeft/bench/presets/classification.py']
 name = 'few-shot'
 title = 'Few-shot classification: Tiny ImageNet, DeiT-tiny'
 
 seeds = (0, 1, 2)
 methods = {
-    'Full': 'Full',
-    'Frozen': 'Frozen',
-    'Partial-1': 'Partial:num_blocks=1',
-    'BitFit': 'BitFit',
-    'LNTune': 'LNTune',
-    'Adapter': 'Adapter:dim=8,placement=pfeiffer',
-    'AdaptFormer': 'AdaptFormer:dim=8,scale=0.1',
-    'LoRA': 'LoRA:rank=8,targets=[q,v]',
     'VPTShallow': 'VPTShallow:num_tokens=25',
     'VPTDeep': 'VPTDeep:num_tokens=12',
     'PrefixTuning': 'PrefixTuning:num_tokens=5',
-    'SSF': 'SSF',
-    'NOAH': 'NOAH:num_tokens=10,rank=10,dim=10',
     'SCT': 'SCT:num_channels=24',
     'FacTTT': 'FacTTT:rank=4',
     'FacTTK': 'FacTTK:rank=8',
-    'RepAdapter': 'RepAdapter:dim=8',
-    'Hydra': 'Hydra:rank=2',
-    'LST': 'LST:reduction=8',
-    'DTL': 'DTL:rank=2',
-    'DTLPlus': 'DTLPlus:rank=2',
-    'GPS': 'GPS:num_inputs=1',
     'LAST': 'LAST:rank=4',
-    'SNF': 'SNF:num_flows=5',
     'BAPAT': 'BAPAT:dim=8,adaptformer_dim=16',
     'LoRand': 'LoRand:num_branches=2',
     'E3VA': 'E3VA:num_branches=2',
@@ -43,11 +28,11 @@ methods = {
     'DoRA': 'DoRA:rank=8',
     'IA3': 'IA3',
     'VeRA': 'VeRA:rank=64',
-    'AdaLoRA': 'AdaLoRA:rank=8',
-    'HST': 'HST'
+    'AdaLoRA': 'AdaLoRA:rank=8'
 }
 costs = dict(image_size=(112, 112), batch_size=10, repeats=3)
 tasks = dict(
+    _delete_=True,
     few_shot=dict(
         config='benchmarks/real/configs/few_shot_deit-tiny.py',
         metric='accuracy/top1',
