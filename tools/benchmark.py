@@ -80,6 +80,10 @@ def parse_args():
     parser.add_argument(
         '--threads', type=int, metavar='N', help='threads of torch')
     parser.add_argument(
+        '--no-latency',
+        action='store_true',
+        help='without inference, which takes about as long as the steps')
+    parser.add_argument(
         '--module-against-released',
         action='store_true',
         help="instead: each size of Mona's module of a backbone against the "
@@ -142,7 +146,8 @@ def read_settings(args):
         amp=args.amp,
         with_cp=args.with_cp,
         clock=args.clock,
-        threads=args.threads)
+        threads=args.threads,
+        latency=not args.no_latency)
     return settings.checked()
 
 

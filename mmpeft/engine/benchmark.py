@@ -90,11 +90,11 @@ def benchmark(config: str,
         rows.append(_describe(config, case, subject, settings))
     if settings.repeats:
         time_steps(rows, subjects, settings, progress)
-    no_latency = stock.why_no_latency()
+    no_latency = stock.why_no_latency() if settings.latency else None
     for row, subject in zip(rows, subjects):
         row['no_latency'] = no_latency
         progress(f'latency of {row["method"]}')
-        if no_latency is None:
+        if settings.latency and no_latency is None:
             time_latency(row, subject, stock, settings)
     for row in rows:
         _compare(row, rows[0])

@@ -101,6 +101,9 @@ def _print_rows(console: Console, config: str,
             ('step s', lambda r: f'{r["step_s"]:.4g}'),
             ('/ Full (from - to)', _step_ratio),
             ('forward s', lambda r: f'{r["forward_s"]:.4g}'),
+        ]
+    if settings['repeats'] and settings['latency']:
+        columns += [
             ('latency s', lambda r: '-'
              if r['latency_s'] is None else f'{r["latency_s"]:.4g}'),
             ('/ stock', lambda r: _ratio(r['ratio_latency'])),

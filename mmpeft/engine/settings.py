@@ -38,6 +38,8 @@ class Settings:
         with_cp (bool): The rows, but for the reference, with checkpointing.
         clock (str): ``wall``, or ``cpu`` for the time of this process.
         threads (int, optional): Of torch on the CPU.
+        latency (bool): Whether inference is timed, too; about as long as the
+            steps again.
     """
 
     batch_size: int = 2
@@ -50,6 +52,7 @@ class Settings:
     with_cp: bool = False
     clock: str = 'wall'
     threads: Optional[int] = None
+    latency: bool = True
 
     @property
     def autocast(self) -> Optional[torch.dtype]:

