@@ -52,6 +52,7 @@ METHODS = {
     'LoRand': 'LoRand:rank=2',
     'Convpass': 'Convpass:dim=4',
     'AdapterPlus': 'AdapterPlus:dim=4',
+    'Rein': 'Rein:num_tokens=5,rank=2',
     'E3VA': 'E3VA:rank=2',
     'LST': 'LST:reduction=4',
     'LAST': 'LAST:rank=4',

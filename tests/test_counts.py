@@ -82,6 +82,8 @@ BLOCK = dict(
     lorand=lambda d, h: 2 * (2 * 2 * 8 * (d + d // 2) + 2 * 8**2 + d + d // 2),
     convpass=lambda d, h: 2 * (2 * 8 * d + 8 + d + 9 * 8**2 + 8),
     adapter_plus=lambda d, h: 2 * 8 * d + 8 + 2 * d,
+    # Tokens as a product.
+    rein=lambda d, h: 100 * 16 + 16 * d,
     # A transformer block of width d / 8, what brings its input there, a gate.
     lst=lambda d, h: 12 * (d // 8)**2 + 13 * d // 8 + (d + 1) * d // 8 + 1,
     last=lambda d, h: 4 * 16 * d,
@@ -114,6 +116,8 @@ def closed_form(size, name, outs=(0, 1, 2, 3)):
         count += sum(2 * 16 * d for d in WIDTHS[size])
     elif name == 'fact_tk':
         count += sum(2 * 32 * d + 32**3 for d in WIDTHS[size])
+    elif name == 'rein':  # two linear layers and a number for each stage
+        count += sum(2 * (d**2 + d) + 1 for d in WIDTHS[size])
     elif name == 'ssf':  # norms, and the projection of the stem
         count += 2 * (width + norms)
     elif name == 'e3va':  # its output norms
@@ -161,6 +165,7 @@ ROWS = [
     ('LoRand', 'lorand', 1_197_312, 1_792_896),
     ('Convpass:dim=8', 'convpass', 437_504, 642_048),
     ('AdapterPlus:dim=8', 'adapter_plus', 216_768, 325_056),
+    ('Rein', 'rein', 3_020_036, 6_599_812),
     ('E3VA', 'e3va', 1_201_152, 1_798_656),
     ('LST', 'lst', 2_424_168, 5_436_432),
     ('LAST:rank=16', 'last', 770_048, 1_155_072),
@@ -188,6 +193,7 @@ MILLIONS = dict(
     bapat=('6.201', '9.299'),
     lorand=('1.197', '1.793'),
     convpass=('0.438', '0.642'),
+    rein=('3.020', '6.600'),
     e3va=('1.201', '1.799'),
     lst=('2.424', '5.436'),
     last=('0.770', '1.155'),

@@ -26,7 +26,7 @@ EXACT = ('Full', 'Frozen', 'Partial', 'BitFit', 'LNTune', 'AdaptFormer',
          'LoRA', 'VeRA', 'IA3', 'AdaLoRA', 'FacTTT', 'FacTTK', 'Hydra',
          'RepAdapter', 'Convpass', 'LST', 'DTL', 'DTLPlus', 'GPS')
 ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
-NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF')
+NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF', 'Rein')
 # Pairs without a place; the others all work, in these tests and in those of
 # the families.
 REFUSED = [('HST', f'{f}Sites') for f in ('Swin', 'SwinV2', 'TimmSwin', 'MiT')]

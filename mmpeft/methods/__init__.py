@@ -25,6 +25,7 @@ from .mona import Mona
 from .noah import NOAH
 from .partial import Partial
 from .prefix_tuning import PrefixTuning
+from .rein import Rein
 from .rep_adapter import RepAdapter
 from .sct import SCT
 from .side import SideNetwork
@@ -39,5 +40,5 @@ __all__ = [
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
     'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH', 'SCT',
-    'GPS', 'HST'
+    'GPS', 'HST', 'Rein'
 ]

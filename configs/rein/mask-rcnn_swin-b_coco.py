@@ -1,0 +1,2 @@
+_base_ = '../_base_/mask-rcnn_swin-b_coco.py'
+model = dict(backbone=dict(method=dict(type='Rein')))
