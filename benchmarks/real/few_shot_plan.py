@@ -22,6 +22,7 @@ methods = {
     'BAPAT': 'BAPAT:dim=8,adaptformer_dim=16',
     'LoRand': 'LoRand:num_branches=2',
     'E3VA': 'E3VA:num_branches=2',
+    'Rein': 'Rein:num_tokens=25,rank=4',
     'Mona': 'Mona:dim=16',
     'Convpass': 'Convpass:dim=8',
     'AdapterPlus': 'AdapterPlus:dim=8',
