@@ -65,6 +65,25 @@ class Stream:
         # Whether the last output was joined before its norm.
         self.joined = False
 
+    def arrive(self, peft: nn.ModuleDict, x: Tensor,
+               layout: TokenLayout) -> Tensor:
+        """What goes into a block in the place of ``x``.
+
+        Raises:
+            PEFTError: If the state of a side network is gone.
+            SiteError: If one needs a grid, and the tokens form none.
+        """
+        place = peft.place
+        if place.index == self.first:
+            # Not all that runs the blocks is the forward of the backbone:
+            # timm's models have a forward_features.
+            self.reset()
+        for name, network in self.networks.items():
+            if network.enters and place.index in self.beside[name]:
+                self._reach(name, peft, x, layout)
+                x = network.enter(self.states[name], place, x, layout)
+        return x
+
     def join(self, peft: nn.ModuleDict, x: Tensor,
              layout: TokenLayout) -> Optional[Tensor]:
         """Tokens (B, p, C) that enter a block beside ``x``; None if it has no
@@ -73,16 +92,11 @@ class Stream:
         Raises:
             PEFTError: If the tokens of the block before are gone.
         """
-        index = peft.place.index
-        if index == self.first:
-            # Not all that runs the blocks is the forward of the backbone:
-            # timm's models have a forward_features.
-            self.reset()
         if not peft.has('tokens'):
             self.tokens = None
             return None
         tokens = self.tokens
-        if tokens is None and peft.carries and index != self.source:
+        if tokens is None and peft.carries and peft.place.index != self.source:
             raise _run_alone('The tokens', peft)
         if tokens is None:
             tokens = x.new_zeros(x.shape[0], 0, x.shape[-1])
@@ -112,33 +126,38 @@ class Stream:
             network = self.networks[name]
             if place.index not in self.beside[name]:
                 continue
-            if network.needs_grid and layout.hw_shape is None:
-                raise SiteError(
-                    f'{type(network).__name__} needs the whole grid of '
-                    f'tokens, but {x.shape[1]} tokens entered {place.path}, '
-                    'as with masked images or patch dropout; choose a method '
-                    'that reads single tokens.')
+            self._reach(name, peft, x, layout)
             seen = (x.detach(), y.detach()) if network.detaches else (x, y)
-            if name not in states:
-                if place.index != self.beside[name][0]:
-                    raise _run_alone(f'The state of {name!r}', peft)
-                image = []
-                if network.reads_image:
-                    image = [self._image(network)]
-                states[name] = network.start(seen[0], layout, *image)
-            elif place.stage != self.places[name][0]:
-                before = self.places[name][1]
-                downsample = partial(self.family.merge_map,
-                                     self.mergings.get(place.stage), before)
-                states[name] = network.next_stage(states[name], place.stage,
-                                                  downsample, before)
             states[name] = network.step(states[name], place, *seen, taps,
                                         layout)
             if network.writes:
                 y = network.write(states[name], place, y, layout)
-            self.places[name] = place.stage, layout
         self.stage = place.stage
         return y
+
+    def _reach(self, name: str, peft: nn.ModuleDict, x: Tensor,
+               layout: TokenLayout) -> None:
+        """Bring the state of a side network to a block."""
+        network, place, states = self.networks[name], peft.place, self.states
+        if network.needs_grid and layout.hw_shape is None:
+            raise SiteError(
+                f'{type(network).__name__} needs the whole grid of '
+                f'tokens, but {x.shape[1]} tokens entered {place.path}, '
+                'as with masked images or patch dropout; choose a method '
+                'that reads single tokens.')
+        if name not in states:
+            if place.index != self.beside[name][0]:
+                raise _run_alone(f'The state of {name!r}', peft)
+            image = [self._image(network)] if network.reads_image else []
+            x = x.detach() if network.detaches else x
+            states[name] = network.start(x, layout, *image)
+        elif place.stage != self.places[name][0]:
+            before = self.places[name][1]
+            downsample = partial(self.family.merge_map,
+                                 self.mergings.get(place.stage), before)
+            states[name] = network.next_stage(states[name], place.stage,
+                                              downsample, before)
+        self.places[name] = place.stage, layout
 
     def output(self, x: Tensor, stage: int) -> Tensor:
         """The output of a stage with the side networks joined."""

@@ -112,6 +112,37 @@ class Count(SideNetwork):
         return x + self.weight * u
 
 
+class Around(Count):
+    """Changes what enters each block, and what leaves it."""
+
+    taps = ()
+    detaches = False
+    joins_outputs = False
+    enters = True
+    writes = True
+
+    def start(self, x, layout):
+        self.log = []
+        return 0
+
+    def enter(self, u, block, x, layout):
+        self.log.append((block.path, u))
+        return x + self.shift(x)
+
+    def step(self, u, block, x, y, taps, layout):
+        return u + 1
+
+    def next_stage(self, u, stage, downsample, layout):
+        # Ahead of what enters the first block there.
+        return 100 * stage
+
+    def write(self, u, block, y, layout):
+        return y - 2 * self.shift(y)
+
+    def shift(self, x):
+        return self.weight * torch.linspace(-1, 1, x.shape[-1])
+
+
 def offered(kind, sites=MAP_SITES):
     """Those of some sites that the family has."""
     there = family_of(kind).offered()
@@ -310,6 +341,30 @@ def test_side_network_and_checkpointing(kind, image):
         grads.append([p.grad for p in peft.parameters() if p.requires_grad])
         assert all(g is not None for g in grads[-1])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_side_network_enters_and_writes(kind, image):
+    """What its blocks get and pass on, against hooks of the stock blocks."""
+    stock, peft = both(kind, Around)
+    network = peft.peft.around
+    network.weight.data.fill_(.1)
+    places = [b.path for b in network.trunk.blocks]
+    for path in places:
+        block = stock.get_submodule(path)
+        block.register_forward_pre_hook(
+            lambda _, args: (args[0] + network.shift(args[0]), *args[1:]))
+        block.register_forward_hook(
+            lambda _, args, y: y - 2 * network.shift(y))
+    stock.eval(), peft.eval()
+    outs = peft(image)
+    for a, b in zip(outs, stock(image)):
+        torch.testing.assert_close(a, b)
+    assert [path for path, _ in network.log] == places
+    stages = len(network.trunk.stage_dims)
+    assert [u for _, u in network.log
+            ] == ([0, 1, 100, 101] if stages == 2 else [0, 1, 2, 3])
+    sum(o.sum() for o in outs).backward()
+    assert network.weight.grad != 0
 
 
 def test_side_network_ends_at_the_last_output():

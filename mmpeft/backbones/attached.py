@@ -93,6 +93,7 @@ class BlockPEFT(nn.ModuleDict):
         """
         tokens, self.layout = None, layout
         if self.stream is not None:
+            x = self.stream.arrive(self, x, layout)
             tokens = self.stream.join(self, x, layout)
             self.tapped = {} if self.taps else None
         with_cp = with_cp and torch.is_grad_enabled()

@@ -56,7 +56,8 @@ def _row(cls: type) -> Dict:
         sites = [*cls.sites_for(), *cls.parts]
     elif issubclass(cls, SideNetwork):
         sites = [
-            *cls.taps, *cls.trained_norms, *['block_out'] * cls.writes,
+            *cls.taps, *cls.trained_norms, *['block_in'] * cls.enters,
+            *['block_out'] * cls.writes,
             *['stage_out'] * (cls.joins_outputs or cls.replaces_outputs)
         ]
     if getattr(cls, 'no_merge', None) is not None:

@@ -92,6 +92,8 @@ class SideNetwork(Method, nn.Module):
     joins_outputs: bool = True
     #: Whether it has a :meth:`write`.
     writes: bool = False
+    #: Whether it has an :meth:`enter`.
+    enters: bool = False
     #: Whether it has :meth:`outputs`.
     replaces_outputs: bool = False
     #: Whether :meth:`start` gets what the backbone got, as a third argument.
@@ -146,6 +148,20 @@ class SideNetwork(Method, nn.Module):
             downsample (Callable): The frozen patch merging of the backbone,
                 (B, N, d) -> (B, N / 4, 2 d); gradients pass through it.
             layout (TokenLayout): That of the stage before.
+        """
+        raise NotImplementedError
+
+    def enter(self, u: Any, block: TrunkBlock, x: Tensor,
+              layout: TokenLayout) -> Tensor:
+        """What goes into a block in the place of ``x``, and what
+        :meth:`step` then gets as such.
+
+        Args:
+            u: State before the block; at the first one, that of
+                :meth:`start`.
+            block (TrunkBlock): Which one.
+            x (Tensor): (B, N, d), what came to it.
+            layout (TokenLayout): How the tokens are arranged.
         """
         raise NotImplementedError
 
