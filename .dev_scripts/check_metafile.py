@@ -21,7 +21,7 @@ EVERYWHERE = ('mask-rcnn_swin-b_coco.py', 'upernet_swin-l_ade20k.py',
               'upernet_vit-b_pascal-context.py',
               'mask-rcnn_swin-nano_shapes.py')
 # Methods that are for ViT alone have what of this is for ViT.
-NO_SWIN = ('hst', )
+NO_SWIN = ('hst', 'vit_adapter')
 
 
 def method_folders(root: Path) -> List[Path]:

@@ -59,6 +59,7 @@ METHODS = {
     'DTL': 'DTL',
     'DTLPlus': 'DTLPlus:kernel_size=3',
     'HST': 'HST:dims=[4,6,8],num_heads=[1,2,2]',
+    'ViTAdapter': 'ViTAdapter:inplanes=4,num_heads=2',
     'SCT': 'SCT:num_channels=4',
     'SCT, MLP': 'SCT:num_channels=4,target=mlp',
     'GPS': 'GPS:num_inputs=2',

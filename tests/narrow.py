@@ -18,6 +18,9 @@ def narrow(cfg):
     for argument in WIDTHS if isinstance(method, dict) else ():
         if argument in method:
             method[argument] = 4
+    if isinstance(method, dict) and method.get('type') == 'ViTAdapter':
+        # They divide half the width.
+        method.num_heads = 2
     for part in PARTS:
         _replace(cfg.model.get(part), widths)
     for name in ('decode_head', 'auxiliary_head'):

@@ -212,6 +212,8 @@ def test_backbone_forward(method, task):
     if method == 'hst':
         expected = [(1, w, 16 // 2**i, 24 // 2**i)
                     for i, w in enumerate((32, 48, 64, 72))]
+    elif method == 'vit_adapter':
+        expected = [(1, 16, 16 // 2**i, 24 // 2**i) for i in range(4)]
     elif task in ('vit-b_cub', 'vit-b_vtab'):
         expected = [(1, 16)]
     elif 'vit' in task:

@@ -29,6 +29,25 @@ def hst(d):
     return count
 
 
+def vit_adapter(d):
+    """Convolutions, embeddings of levels, four injectors, six extractors, a
+    transposed convolution and the norms of the maps."""
+    n, half, quarter = 64, d // 2, d // 4
+    # Into 64, 64, 64, 128, 256 and 256 channels, with norms; four out of them.
+    prior = 27 * n + 9 * n**2 * (2 + 2 + 8 + 16) + 2 * n * (3 + 2 + 4 + 4)
+    prior += 11 * n * d + 4 * d
+
+    def attention(levels):
+        """Two norms; values and back; 12 x 4 points of two offsets and a
+        weight in each map."""
+        return 4 * d + (2 * d + 1) * half + d + 3 * (d + 1) * 12 * 4 * levels
+
+    # A norm, two linear layers and a depthwise convolution.
+    ffn = 2 * d + 2 * d * quarter + quarter + d + 10 * quarter
+    return (prior + 3 * d + 4 * (attention(3) + d) + 6 * (attention(1) + ffn) +
+            4 * d**2 + d + 4 * 2 * d)
+
+
 def closed_form(name):
     d = WIDTH
     if name == 'frozen':
@@ -37,6 +56,8 @@ def closed_form(name):
         return BLOCK['full'](d, 0)
     if name == 'hst':
         return hst(d)
+    if name == 'vit_adapter':
+        return vit_adapter(d)
     if name in ('dtl', 'dtl_plus'):
         return DEPTH * 2 * 2 * d + (5**2 * d if name == 'dtl_plus' else 0)
     return DEPTH * BLOCK[name](d, 0) + dict(
@@ -97,6 +118,7 @@ ROWS = [
     ('DTL:rank=2', 'dtl', 36_864, '0.037'),
     ('DTLPlus:rank=2', 'dtl_plus', 56_064, '0.056'),
     ('HST', 'hst', 764_840, '0.765'),
+    ('ViTAdapter', 'vit_adapter', 13_680_608, '13.681'),
     ('NOAH:num_tokens=10,rank=10,dim=10', 'noah', 654_456, '0.654'),
 ]
 

@@ -29,10 +29,11 @@ ROUNDED = ('DoRA', 'LoRA, PiSSA', 'E3VA', 'LAST')
 NEAR = ('Adapter', 'AdapterPlus', 'SSF', 'SNF', 'Rein')
 # Pairs without a place; the others all work, in these tests and in those of
 # the families.
-REFUSED = [('HST', f'{f}Sites') for f in ('Swin', 'SwinV2', 'TimmSwin', 'MiT')]
+REFUSED = [(m, f'{f}Sites') for m in ('HST', 'ViTAdapter')
+           for f in ('Swin', 'SwinV2', 'TimmSwin', 'MiT')]
 EACH = pytest.mark.parametrize('name', METHODS, scope='module')
 # Of methods whose maps take the place of the outputs.
-CHANNELS = {'HST': [4, 6, 8]}
+CHANNELS = {'HST': [4, 6, 8], 'ViTAdapter': [16] * 4}
 # Methods of which a part has no place in the stock layers.
 UNMERGED = {'swin_v2': ('RepAdapter', 'SSF')}
 ATTACHED = [

@@ -110,7 +110,11 @@ def test_norms(variant, method, image):
 @pytest.mark.parametrize('name', METHODS)
 def test_deit3(name, image):
     """Every method that it takes, in evaluation and training."""
-    _, peft = peft_of('DeiT3', METHODS[name])
+    # Four groups of blocks.
+    kwargs = dict(
+        arch=dict(ARCH, num_layers=4),
+        out_indices=(0, 3)) if name == 'ViTAdapter' else {}
+    _, peft = peft_of('DeiT3', METHODS[name], **kwargs)
     calibrate(peft, image.shape)
     perturb(peft)
     outs = run(peft, image)

@@ -32,6 +32,7 @@ from .side import SideNetwork
 from .snf import SNF
 from .ssf import SSF
 from .vera import VeRA
+from .vit_adapter import ViTAdapter
 from .vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -40,5 +41,5 @@ __all__ = [
     'VPTShallow', 'PrefixTuning', 'BAPAT', 'LoRand', 'AdapterPlus', 'FacTTK',
     'FacTTT', 'Hydra', 'RepAdapter', 'SSF', 'SNF', 'Convpass', 'DoRA', 'VeRA',
     'IA3', 'AdaLoRA', 'E3VA', 'LST', 'LAST', 'DTL', 'DTLPlus', 'NOAH', 'SCT',
-    'GPS', 'HST', 'Rein'
+    'GPS', 'HST', 'Rein', 'ViTAdapter'
 ]

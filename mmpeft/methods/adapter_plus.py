@@ -8,6 +8,7 @@ from torch import Tensor
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_positive, check_rate, check_width
+from .drop_path import drop_path
 
 __all__ = ['AdapterPlus']
 
@@ -70,9 +71,7 @@ class AdapterPlus(PEFTModule):
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(B, N, d), (B, N, d) -> (B, N, d)"""
         branch = self.up(F.gelu(self.down(y)))
-        if self.training and self.drop_path_rate:
-            keep = 1 - self.drop_path_rate
-            kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)
-            branch = branch * kept / keep
+        if self.training:
+            branch = drop_path(branch, self.drop_path_rate)
         # In the precision of y: autocast would make the stream float32.
         return y + self.scale.to(branch.dtype) * branch

@@ -12,7 +12,7 @@ from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_positive, check_width
 from .highway import recompute
-from .pyramid import Map, PyramidBlock, stem
+from .pyramid import Map, PyramidBlock, check_depths, stem
 from .side import SideNetwork, Trunk, TrunkBlock
 
 __all__ = ['HST', 'MetaToken']
@@ -208,10 +208,4 @@ def check_levels(count: int, dims: Sequence[int], num_heads: Sequence[int],
         raise PEFTError(f'HST: {levels} levels need as many blocks at least, '
                         f'and it runs beside {count}; give fewer dims and '
                         'num_heads.')
-    if depths is None:
-        return [count // levels + (i < count % levels) for i in range(levels)]
-    if len(depths) != levels or sum(depths) != count or min(depths) < 1:
-        raise PEFTError(f'HST: depths={tuple(depths)} must be {levels} '
-                        f'numbers above 0 whose sum is {count}, the blocks '
-                        'it runs beside.')
-    return depths
+    return check_depths('HST', count, levels, depths)

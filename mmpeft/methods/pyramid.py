@@ -1,12 +1,14 @@
 """Parts of a small pyramid beside a backbone."""
-from typing import Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Map', 'PyramidBlock', 'stem']
+from ..errors import PEFTError
+
+__all__ = ['Map', 'PyramidBlock', 'check_depths', 'stem']
 
 
 class Map(nn.Module):
@@ -73,3 +75,26 @@ class PyramidBlock(nn.Module):
         branch = (weights @ v).transpose(1, 2).flatten(2)
         m = m + self.proj(branch) + z
         return m + self.fc2(F.gelu(self.fc1(self.norm2(m))))
+
+
+def check_depths(owner: str, count: int, levels: int,
+                 depths: Optional[Sequence[int]]) -> Sequence[int]:
+    """Blocks of the backbone beside each level; what is left over goes to the
+    first ones, and what does not fit is refused.
+
+    Args:
+        owner (str): The method.
+        count (int): Blocks that it runs beside.
+        levels (int): Levels.
+        depths (Sequence[int], optional): As asked for.
+    """
+    if count < levels:
+        raise PEFTError(f'{owner}: {levels} levels need as many blocks at '
+                        f'least, and it runs beside {count}.')
+    if depths is None:
+        return [count // levels + (i < count % levels) for i in range(levels)]
+    if len(depths) != levels or sum(depths) != count or min(depths) < 1:
+        raise PEFTError(f'{owner}: depths={tuple(depths)} must be {levels} '
+                        f'numbers above 0 whose sum is {count}, the blocks '
+                        'it runs beside.')
+    return depths

@@ -68,7 +68,8 @@ def test_every_method_is_known_in_its_files(tmp_path, kind):
     pytest.importorskip(KINDS[kind].library)
     path = str(tmp_path / 'x.pth')
     for name in ('Mona', 'VPTShallow', 'FacTTK', 'VeRA', 'BAPAT', 'SCT', 'GPS',
-                 'NOAH', 'LST', 'E3VA', 'LAST', 'DTL', 'HST', 'BitFit'):
+                 'NOAH', 'LST', 'E3VA', 'LAST', 'DTL', 'HST', 'ViTAdapter',
+                 'BitFit'):
         if refusal(method_of(name), family_of(kind)):
             continue
         cfg = config(peft_cfg(kind, METHODS[name]))
