@@ -13,6 +13,8 @@ __all__ = ['check_readers', 'out_channels']
 #: a neck and with one.
 HEADS = ('decode_head', 'auxiliary_head', 'head', 'panoptic_head')
 NECK = ('neck', )
+#: Attributes of necks that make maps of several sizes out of maps of one.
+RESCALES = ('scales', 'rescales')
 
 
 def out_channels(backbone: nn.Module) -> Optional[Tuple[int, ...]]:
@@ -37,6 +39,8 @@ def check_readers(model: nn.Module) -> None:
         if not isinstance(getattr(backbone, 'peft', None), PEFTState):
             continue
         given = out_channels(backbone)
+        if given:
+            _check_sizes(parent, path)
         for name, reader in _readers(parent) if given else ():
             wanted = getattr(reader, 'in_channels', None)
             expected = _expected(reader, wanted, given)
@@ -50,6 +54,22 @@ def check_readers(model: nn.Module) -> None:
                 f'{_text(_as_list(wanted))}. Set model.{at}.in_channels='
                 f'{expected if len(expected) > 1 else expected[0]}'
                 f'{_places(reader)}.')
+
+
+def _check_sizes(parent: nn.Module, path: str) -> None:
+    """Refuse a neck that would make a pyramid of what is one."""
+    neck = getattr(parent, 'neck', None)
+    for part in neck.modules() if isinstance(neck, nn.Module) else ():
+        for attribute in RESCALES:
+            factors = getattr(part, attribute, None)
+            if isinstance(factors, (list, tuple)) and set(factors) - {1}:
+                at = f'{path}.neck' if path else 'neck'
+                raise PEFTError(
+                    'The backbone gives maps of different sizes, as its '
+                    f'method makes them, but model.{at} has a '
+                    f'{type(part).__name__}, which would scale them by '
+                    f'{_text(factors)}, as if they were of one size. Take it '
+                    'out of the neck (model.neck=None if it is all there is).')
 
 
 def _readers(parent: nn.Module) -> Iterator[Tuple[str, nn.Module]]:

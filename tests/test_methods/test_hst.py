@@ -349,6 +349,25 @@ def test_necks_of_detectors(channels, message):
             check_readers(model)
 
 
+@pytest.mark.parametrize('scales,message', [
+    ([1, 1., 1], None),
+    ([2, 1, .5], 'model.neck has a MultiLevelNeck, .* by 2, 1, 0.5, as if'),
+])
+def test_necks_that_make_a_pyramid(scales, message):
+    """Of one."""
+    neck = dict(
+        type='MultiLevelNeck',
+        in_channels=[4, 6, 8],
+        out_channels=4,
+        scales=scales)
+    model = segmentor(dict(PYRAMID, in_channels=[4] * 3), neck=neck)
+    if message is None:
+        check_readers(model)
+    else:
+        with pytest.raises(PEFTError, match=message):
+            check_readers(model)
+
+
 @pytest.mark.parametrize('channels,message', [
     (8, None),
     (16, 'head .LinearClsHead. is made for 16. Set model.head.in_channels=8'),
