@@ -64,10 +64,12 @@ def _attention(qkv: Tensor,
     q, k, v = parts(qkv)
     if seen is not None:
         _, k, v = parts(seen)
-    scores = q * q.shape[-1]**-.5 @ k.transpose(-2, -1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)
+        mask = mask.expand(len(q), *mask.shape[1:]).flatten(0, 1)
+    # Fused kernels are for four axes.
+    out = F.scaled_dot_product_attention(
+        *(t.flatten(0, 1) for t in (q, k, v)), attn_mask=mask)
+    return out.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(3)
 
 
 def partition(tokens: Tensor,
