@@ -23,6 +23,7 @@ methods = {
     'LoRand': 'LoRand:num_branches=2',
     'E3VA': 'E3VA:num_branches=2',
     'Rein': 'Rein:num_tokens=25,rank=4',
+    'ViTAdapter': 'ViTAdapter:inplanes=16,num_heads=6,deform_ratio=1.0',
     'Mona': 'Mona:dim=16',
     'Convpass': 'Convpass:dim=8',
     'AdapterPlus': 'AdapterPlus:dim=8',
@@ -42,8 +43,11 @@ tasks = dict(
         tune=dict(val_dataloader=dict(dataset=dict(ann_file='tune.txt'))),
         # Runs of seconds: one that is killed starts again.
         checkpoint_interval=30,
-        # Its last map takes the place of the class token.
+        # The last map takes the place of the class token.
         method_options=dict(
+            ViTAdapter=dict(
+                model=dict(
+                    neck=dict(type='mmpretrain.GlobalAveragePooling'))),
             HST=dict(
                 model=dict(
                     neck=dict(type='mmpretrain.GlobalAveragePooling'),
