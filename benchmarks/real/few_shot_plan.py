@@ -46,8 +46,7 @@ tasks = dict(
         # The last map takes the place of the class token.
         method_options=dict(
             ViTAdapter=dict(
-                model=dict(
-                    neck=dict(type='mmpretrain.GlobalAveragePooling'))),
+                model=dict(neck=dict(type='mmpretrain.GlobalAveragePooling'))),
             HST=dict(
                 model=dict(
                     neck=dict(type='mmpretrain.GlobalAveragePooling'),
