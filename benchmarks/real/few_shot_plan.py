@@ -5,8 +5,8 @@
 # Methods have the settings of the preset `classification` (the survey's for
 # VTAB-1k with ViT-B); as DeiT-tiny is four times narrower, numbers of 16 and
 # more are divided by four, smaller ones are kept. Below is what differs, and
-# what the preset does not have. ViT-Adapter is not in it: a classifier reads one
-# of its four maps, and what makes the others would not train.
+# what the preset does not have. ViT-Adapter is not in it: a classifier reads
+# one of its four maps, and what makes the others would not train.
 _base_ = ['../../mmpeft/bench/presets/classification.py']
 name = 'few-shot'
 title = 'Few-shot classification: Tiny ImageNet, DeiT-tiny'
