@@ -10,8 +10,9 @@ from ..errors import PEFTError
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_positive, check_rate, check_width
+from .per_stage import PerStage
 
-__all__ = ['FacTTK', 'FacTTT', 'SharedFactors', 'StageFactors']
+__all__ = ['FacTTK', 'FacTTT', 'StageFactors']
 
 
 class StageFactors(nn.Module):
@@ -35,15 +36,6 @@ class StageFactors(nn.Module):
         nn.init.zeros_(self.v)
         if self.core is not None:
             nn.init.xavier_uniform_(self.core)
-
-
-class SharedFactors(nn.ModuleDict):
-    """The factors of every stage, by ``stage0`` and so on."""
-
-    def reset_parameters(self) -> None:
-        """Initialise every stage."""
-        for factors in self.values():
-            factors.reset_parameters()
 
 
 class FacT(PEFTModule):
@@ -85,7 +77,7 @@ class FacT(PEFTModule):
     def build_shared(cls,
                      sites: Sequence[Site],
                      rank: Optional[int] = None,
-                     **kwargs) -> SharedFactors:
+                     **kwargs) -> PerStage:
         rank = cls.default_rank if rank is None else rank
         check_width(cls.__name__, 'rank', rank, math.inf)
         widths: Dict[int, int] = {}
@@ -99,16 +91,15 @@ class FacT(PEFTModule):
                     '`layers` to leave the stage out.')
             widths[site.stage] = dims
             counts[site.stage] = counts.get(site.stage, 0) + outs * ins
-        return SharedFactors({
-            f'stage{s}':
-            StageFactors(widths[s], rank, counts[s], cls.tucker)
+        return PerStage({
+            s: StageFactors(widths[s], rank, counts[s], cls.tucker)
             for s in widths
         })
 
     @property
     def factors(self) -> StageFactors:
         """What this block shares with the others of its stage."""
-        return self.shared[f'stage{self.site.stage}']
+        return self.shared.of(self.site)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """(outs * rank, ins * rank): what stands between U and V, one block

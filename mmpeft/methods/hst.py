@@ -12,7 +12,7 @@ from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_positive, check_width
 from .highway import recompute
-from .pyramid import Map, PyramidBlock, check_depths, stem
+from .pyramid import Map, PyramidBlock, check_depths, reset_layers, stem
 from .side import SideNetwork, Trunk, TrunkBlock
 
 __all__ = ['HST', 'MetaToken']
@@ -152,17 +152,7 @@ class HST(SideNetwork):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                fan_out = module.out_channels * math.prod(module.kernel_size)
-                nn.init.normal_(module.weight, std=math.sqrt(2. / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-                module.reset_parameters()
+        reset_layers(self)
 
     def start(self, x: Tensor, layout: TokenLayout, image: Tensor) -> State:
         return State(image)
@@ -204,8 +194,5 @@ def check_levels(count: int, dims: Sequence[int], num_heads: Sequence[int],
         raise PEFTError(f'HST: dims={tuple(dims)} are {levels} levels, and '
                         f'num_heads={tuple(num_heads)} are '
                         f'{len(num_heads)}; give one for each level.')
-    if count < levels:
-        raise PEFTError(f'HST: {levels} levels need as many blocks at least, '
-                        f'and it runs beside {count}; give fewer dims and '
-                        'num_heads.')
-    return check_depths('HST', count, levels, depths)
+    return check_depths('HST', count, levels, depths,
+                        '; give fewer dims and num_heads')

@@ -1,4 +1,5 @@
 """Parts of a small pyramid beside a backbone."""
+import math
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from ..errors import PEFTError
 
-__all__ = ['Map', 'PyramidBlock', 'check_depths', 'stem']
+__all__ = [
+    'Map', 'PyramidBlock', 'check_depths', 'convs', 'reset_layers', 'stem'
+]
 
 
 class Map(nn.Module):
@@ -29,12 +32,39 @@ class Map(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
 
 
+def convs(*widths: int) -> list:
+    """3 x 3 convolutions with BatchNorm and ReLU, the first of stride 2."""
+    layers = []
+    for i, (before, after) in enumerate(zip(widths, widths[1:])):
+        layers += [
+            nn.Conv2d(
+                before, after, 3, stride=1 if i else 2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True)
+        ]
+    return layers
+
+
 def stem(dims: int) -> nn.Sequential:
     """An image to a map of a quarter of its size."""
-    return nn.Sequential(
-        nn.Conv2d(3, dims, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(dims), nn.ReLU(inplace=True),
-        nn.Conv2d(dims, dims, 2, stride=2))
+    return nn.Sequential(*convs(3, dims), nn.Conv2d(dims, dims, 2, stride=2))
+
+
+def reset_layers(network: nn.Module) -> None:
+    """Initialise linear layers, convolutions and norms as dense heads do."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            std = math.sqrt(2. * module.groups / fan_out)
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module,
+                        (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.reset_parameters()
 
 
 class PyramidBlock(nn.Module):
@@ -77,8 +107,11 @@ class PyramidBlock(nn.Module):
         return m + self.fc2(F.gelu(self.fc1(self.norm2(m))))
 
 
-def check_depths(owner: str, count: int, levels: int,
-                 depths: Optional[Sequence[int]]) -> Sequence[int]:
+def check_depths(owner: str,
+                 count: int,
+                 levels: int,
+                 depths: Optional[Sequence[int]],
+                 advice: str = '') -> Sequence[int]:
     """Blocks of the backbone beside each level; what is left over goes to the
     first ones, and what does not fit is refused.
 
@@ -87,10 +120,11 @@ def check_depths(owner: str, count: int, levels: int,
         count (int): Blocks that it runs beside.
         levels (int): Levels.
         depths (Sequence[int], optional): As asked for.
+        advice (str): What to do if there are too few blocks.
     """
     if count < levels:
         raise PEFTError(f'{owner}: {levels} levels need as many blocks at '
-                        f'least, and it runs beside {count}.')
+                        f'least, and it runs beside {count}{advice}.')
     if depths is None:
         return [count // levels + (i < count % levels) for i in range(levels)]
     if len(depths) != levels or sum(depths) != count or min(depths) < 1:

@@ -11,8 +11,9 @@ from ..recompute import recomputed_if_lean
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_positive, check_width
+from .per_stage import PerStage
 
-__all__ = ['Rein', 'ReinMLPs']
+__all__ = ['Rein', 'StageMLPs']
 
 
 class StageMLPs(nn.Module):
@@ -37,15 +38,6 @@ class StageMLPs(nn.Module):
         self.token_to_feature.reset_parameters()
         self.delta.reset_parameters()
         nn.init.constant_(self.scale, self.scale_init)
-
-
-class ReinMLPs(nn.ModuleDict):
-    """The shared layers of every stage, by ``stage0`` and so on."""
-
-    def reset_parameters(self) -> None:
-        """Initialise every stage."""
-        for layers in self.values():
-            layers.reset_parameters()
 
 
 @METHODS.register_module()
@@ -113,12 +105,12 @@ class Rein(PEFTModule):
     def build_shared(cls,
                      sites: Sequence[Site],
                      scale_init: float = 0.001,
-                     **kwargs) -> ReinMLPs:
+                     **kwargs) -> PerStage:
         check_positive('Rein', 'scale_init', scale_init)
         widths: Dict[int, int] = {s.stage: s.embed_dims for s in sites}
-        return ReinMLPs({
-            f'stage{stage}': StageMLPs(dims, scale_init)
-            for stage, dims in widths.items()
+        return PerStage({
+            s: StageMLPs(dims, scale_init)
+            for s, dims in widths.items()
         })
 
     def reset_parameters(self) -> None:
@@ -133,7 +125,7 @@ class Rein(PEFTModule):
 
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(B, N, d), (B, N, d) -> (B, N, d)"""
-        layers = self.shared[f'stage{self.site.stage}']
+        layers = self.shared.of(self.site)
         tokens = self.tokens if self.rank is None else \
             self.tokens_a @ self.tokens_b
         # A value of zeros for the first token is none.

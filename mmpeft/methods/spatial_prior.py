@@ -4,25 +4,9 @@ from typing import Tuple
 import torch.nn as nn
 from torch import Tensor
 
+from .pyramid import convs
+
 __all__ = ['SpatialPrior']
-
-
-def convs(*widths: int, stride: int = 2) -> list:
-    """3 x 3 convolutions with BatchNorm and ReLU, the first with a stride."""
-    layers = []
-    for i, (before, after) in enumerate(zip(widths, widths[1:])):
-        layers += [
-            nn.Conv2d(
-                before,
-                after,
-                3,
-                stride=1 if i else stride,
-                padding=1,
-                bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(inplace=True)
-        ]
-    return layers
 
 
 class SpatialPrior(nn.Module):

@@ -12,7 +12,7 @@ from ..registry import METHODS
 from ..sites import TokenLayout
 from .base import check_positive, check_rate, check_width
 from .deformable import DeformableAttention, Extractor, Injector, Sizes, split
-from .pyramid import check_depths
+from .pyramid import check_depths, reset_layers
 from .side import SideNetwork, Trunk, TrunkBlock
 from .spatial_prior import SpatialPrior
 
@@ -160,21 +160,9 @@ class ViTAdapter(SideNetwork):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.level_embed)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                fan_out = module.out_channels * math.prod(module.kernel_size)
-                std = math.sqrt(2. * module.groups / fan_out)
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module,
-                            (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm)):
-                module.reset_parameters()
-            elif isinstance(module, Injector):
-                nn.init.zeros_(module.gamma)
+        reset_layers(self)
+        for injector in self.injectors:
+            nn.init.zeros_(injector.gamma)
         # Linear layers with a start of their own.
         for module in self.modules():
             if isinstance(module, DeformableAttention):
