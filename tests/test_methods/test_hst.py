@@ -4,17 +4,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from conftest import build_pair, peft_cfg, perturb
+from conftest import build_pair, perturb
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
-from mmpeft.errors import MergeError, PEFTError, SiteError
-from mmpeft.injection import PEFTBackbone, inject
+from mmpeft.errors import MergeError, PEFTError
+from mmpeft.injection import PEFTBackbone
 from mmpeft.merging import merged_state_dict
 from mmpeft.methods.hst import check_levels
 from mmpeft.readers import check_readers
 from .checks import _check_digests, check_close
+from .pyramid_checks import (PYRAMIDS, check_an_error_leaves_nothing,
+                             check_moved_statistics, check_parts_of_a_forward,
+                             check_refused)
 from .recorded import digest, fill, load, tensor
 from .swins import swin, trained
 
@@ -161,30 +164,11 @@ def test_out_indices_do_not_matter():
 
 
 def test_moved_statistics_are_in_the_delta(tmp_path):
-    backbone = vit().train()
-    state = copy.deepcopy(backbone.state_dict())
-    loss = sum(o.square().mean() for o in backbone(torch.randn(2, 3, 48, 48)))
-    loss.backward()
-    torch.optim.SGD(trained(backbone).values(), lr=.1).step()
-    path = str(tmp_path / 'hst_delta.safetensors')
-    header = mmpeft.save_delta(backbone, path)
-    assert any(n.endswith('running_var') for n in header.tensors)
-    image, fresh = torch.randn(1, 3, 48, 48), vit()
-    fresh.load_state_dict(state)
-    mmpeft.load_delta(fresh, path)
-    assert all(map(torch.equal, backbone.eval()(image), fresh.eval()(image)))
+    check_moved_statistics(vit, str(tmp_path / 'hst_delta.safetensors'))
 
 
 def test_an_error_leaves_nothing():
-    backbone = vit().eval()
-    stream, image = backbone.peft.stream, torch.randn(1, 3, 48, 48)
-    handle = backbone.layers[2].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        backbone(image)
-    assert stream.image is None and not stream.states
-    handle.remove()
-    backbone(image)
-    assert stream.image is None and not stream.states
+    check_an_error_leaves_nothing(vit())
 
 
 def test_with_other_methods():
@@ -220,25 +204,13 @@ def test_not_with(other, message):
         vit([other, SMALL])
 
 
-@pytest.mark.parametrize('kind', ['mmdet', 'swin_v2', 'timm_swin', 'mit'])
+@pytest.mark.parametrize('kind', PYRAMIDS)
 def test_refused_beside_a_pyramid(kind):
-    for package in {'timm_swin': ('mmseg', 'timm'), 'mit': ('mmseg', ),
-                    'mmdet': ('mmdet', )}.get(kind, ()):  # yapf: disable
-        pytest.importorskip(package)
-    with pytest.raises(SiteError, match='HST cannot run beside .* has stages'):
-        MODELS.build(peft_cfg(kind, SMALL))
+    check_refused(kind, SMALL)
 
 
 def test_parts_of_a_forward():
-    pytest.importorskip('timm')
-    import timm
-    model = timm.create_model(
-        'vit_tiny_patch16_224', embed_dim=16, depth=4, num_heads=2)
-    inject(model, SMALL, allow_random_base=True)
-    image = torch.randn(1, 3, 224, 224)
-    assert [o.shape[1] for o in model(image)] == [4, 6, 8]
-    with pytest.raises(PEFTError, match='HST reads the image .* call the'):
-        model.forward_features(image)
+    check_parts_of_a_forward(SMALL, [4, 6, 8], lambda shape: shape[1])
 
 
 def test_merge_is_refused_with_a_reason():

@@ -4,18 +4,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import peft_cfg, perturb
-from mmengine.registry import MODELS
+from conftest import perturb
 
 import mmpeft
-from mmpeft.errors import MergeError, PEFTError, SiteError
-from mmpeft.injection import PEFTBackbone, inject
+from mmpeft.errors import MergeError, PEFTError
+from mmpeft.injection import PEFTBackbone
 from mmpeft.merging import merged_state_dict
 from mmpeft.methods.deformable import (ConvFFN, DeformableAttention, Extractor,
                                        Injector)
 from mmpeft.methods.vit_adapter import ViTAdapter
 from . import reference as ref
 from .checks import TOLERANCE, _check_digests, check_close, check_gradients
+from .pyramid_checks import (PYRAMIDS, check_an_error_leaves_nothing,
+                             check_moved_statistics, check_parts_of_a_forward,
+                             check_refused)
 from .recorded import digest, fill, load, tensor
 from .swins import trained
 
@@ -461,18 +463,7 @@ def test_drop_path():
 
 
 def test_moved_statistics_are_in_the_delta(tmp_path):
-    backbone = perturb(vit()).train()
-    state = copy.deepcopy(backbone.state_dict())
-    loss = sum(o.square().mean() for o in backbone(torch.randn(2, 3, 48, 48)))
-    loss.backward()
-    torch.optim.SGD(trained(backbone).values(), lr=.1).step()
-    path = str(tmp_path / 'delta.safetensors')
-    header = mmpeft.save_delta(backbone, path)
-    assert any(n.endswith('running_var') for n in header.tensors)
-    image, fresh = torch.randn(1, 3, 48, 48), vit()
-    fresh.load_state_dict(state)
-    mmpeft.load_delta(fresh, path)
-    assert all(map(torch.equal, backbone.eval()(image), fresh.eval()(image)))
+    check_moved_statistics(vit, str(tmp_path / 'delta.safetensors'))
 
 
 def test_a_copy_runs_its_own():
@@ -484,15 +475,8 @@ def test_a_copy_runs_its_own():
 
 
 def test_an_error_leaves_nothing():
-    backbone = vit().eval()
-    stream, image = backbone.peft.stream, torch.randn(1, 3, 48, 48)
-    handle = backbone.layers[2].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        backbone(image)
-    assert stream.image is None and not stream.states
-    handle.remove()
-    backbone(image)
-    assert stream.image is None and not stream.states
+    backbone = vit()
+    check_an_error_leaves_nothing(backbone)
     with pytest.raises(PEFTError, match="state of 'vit_adapter' .* layers.2"):
         backbone.layers[2](torch.randn(1, 37, 16))
 
@@ -508,15 +492,7 @@ def test_with_other_methods():
 
 
 def test_parts_of_a_forward():
-    pytest.importorskip('timm')
-    import timm
-    model = timm.create_model(
-        'vit_tiny_patch16_224', embed_dim=16, depth=4, num_heads=2)
-    inject(model, SMALL, allow_random_base=True)
-    image = torch.randn(1, 3, 224, 224)
-    assert [o.shape[-1] for o in model(image)] == [56, 28, 14, 7]
-    with pytest.raises(PEFTError, match='ViTAdapter reads the image .* call'):
-        model.forward_features(image)
+    check_parts_of_a_forward(SMALL, [56, 28, 14, 7], lambda shape: shape[-1])
 
 
 # -------------------------------------------------------------------- refusals
@@ -529,14 +505,9 @@ def test_not_with(other):
         vit([other, SMALL])
 
 
-@pytest.mark.parametrize('kind', ['mmdet', 'swin_v2', 'timm_swin', 'mit'])
+@pytest.mark.parametrize('kind', PYRAMIDS)
 def test_refused_beside_a_pyramid(kind):
-    for package in {'timm_swin': ('mmseg', 'timm'), 'mit': ('mmseg', ),
-                    'mmdet': ('mmdet', )}.get(kind, ()):  # yapf: disable
-        pytest.importorskip(package)
-    with pytest.raises(
-            SiteError, match='ViTAdapter cannot run beside .* has stages'):
-        MODELS.build(peft_cfg(kind, SMALL))
+    check_refused(kind, SMALL)
 
 
 def test_merge_is_refused_with_a_reason():
