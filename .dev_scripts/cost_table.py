@@ -85,6 +85,7 @@ def rendered(rows):
         'step, s': lambda r: number(r['step_s'], 3),
         'step / Full': from_to,
         'floor of it': lambda r: number(STEP.get(path_of(r['method']))),
+        'products / Full': lambda r: number(r.get('ratio_flops')),
         'latency / stock': lambda r: number(r['ratio_latency']),
         'merged': lambda r: number(r['ratio_latency_merged']),
         'folded': lambda r: number(r['ratio_latency_folded'])

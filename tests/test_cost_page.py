@@ -56,6 +56,7 @@ def row(method, **kwargs):
         step_s=1.25,
         ratio_step=.7,
         ratio_step_spread=[.65, .75],
+        ratio_flops=.71,
         ratio_latency=1.1,
         ratio_latency_merged=None,
         ratio_latency_folded=1.05,
@@ -81,7 +82,7 @@ def test_tables_are_filled_in(tmp_path):
     mona = next(t for t in page.splitlines() if t.startswith('| Mona'))
     assert [c.strip() for c in mona.split('|')[1:-1]] == [
         'Mona', 'fast', '0.002 M', '3', '0.500', '0.51', '1.250',
-        '0.70 (0.65-0.75)', '0.67', '1.10', '', '1.05'
+        '0.70 (0.65-0.75)', '0.67', '0.71', '1.10', '', '1.05'
     ]
     assert page.count('Not measured yet.') == 1
     # Filling it again changes nothing.
@@ -113,5 +114,6 @@ def test_what_was_not_measured_has_no_column():
     text = cost_table.rendered([row('Mona', **nothing)])
     head = next(t for t in text.splitlines() if t.startswith('| method'))
     assert [c.strip() for c in head.split('|')[1:-1]] == [
-        'method', 'memory', 'trains', 'kept, MiB', '/ Full', 'floor'
+        'method', 'memory', 'trains', 'kept, MiB', '/ Full', 'floor',
+        'products / Full'
     ]

@@ -24,9 +24,9 @@ REFERENCES = ('Full', 'Frozen')
 #: Columns that only times fill.
 TIMES = ('step_s', 'step_spread_s', 'forward_s', 'latency_s',
          'latency_stock_s', 'latency_merged_s', 'latency_folded_s')
-RATIOS = ('ratio_saved', 'ratio_peak', 'ratio_step', 'ratio_step_spread',
-          'ratio_forward', 'ratio_latency', 'ratio_latency_merged',
-          'ratio_latency_folded')
+RATIOS = ('ratio_saved', 'ratio_peak', 'ratio_flops', 'ratio_step',
+          'ratio_step_spread', 'ratio_forward', 'ratio_latency',
+          'ratio_latency_merged', 'ratio_latency_folded')
 
 
 class Case(NamedTuple):
@@ -159,7 +159,8 @@ def _describe(config: str, case: Case, subject: Subject,
         backbone_trainable=count_params(subject.model)['backbone_trainable'],
         saved_bytes=kept.saved,
         output_bytes=kept.outputs,
-        peak_bytes=_peak(step))
+        peak_bytes=_peak(step),
+        flops=subject.flops)
     row.update(dict.fromkeys((*TIMES, *RATIOS)))
     row.update(
         no_latency=None,
@@ -198,7 +199,7 @@ def _peak(step: TrainStep) -> Optional[int]:
 
 def _compare(row: Dict[str, Any], full: Dict[str, Any]) -> None:
     """What training costs of that of the first row."""
-    for name, key in (('ratio_saved', 'saved_bytes'), ('ratio_peak',
-                                                       'peak_bytes')):
+    for name, key in (('ratio_saved', 'saved_bytes'),
+                      ('ratio_peak', 'peak_bytes'), ('ratio_flops', 'flops')):
         if row[key] is not None and full[key]:
             row[name] = row[key] / full[key]

@@ -96,6 +96,7 @@ def _print_rows(console: Console, config: str,
     if gpu:
         columns += [('peak MiB', lambda r: f'{r["peak_bytes"] / MIB:.0f}'),
                     ('/ Full', lambda r: _ratio(r['ratio_peak'], 3))]
+    columns += [('products / Full', lambda r: _ratio(r['ratio_flops']))]
     if settings['repeats']:
         columns += [
             ('step s', lambda r: f'{r["step_s"]:.4g}'),

@@ -16,6 +16,7 @@ from ..calibration import calibrate
 from ..errors import PEFTError
 from ..registry import MODELS
 from .count import build_model
+from .flops import FlopCounter
 from .generated import generate
 from .measure import TrainStep, loss_of
 from .settings import DTYPES, Settings
@@ -77,7 +78,7 @@ class Subject:
 
     def try_step(self) -> None:
         """One forward and backward, so that what is impossible is said once
-        and early, and caches are filled.
+        and early, caches are filled, and products are counted.
 
         Raises:
             PEFTError: If the model does not run on what was generated.
@@ -95,9 +96,12 @@ class Subject:
                 *self.inputs,
                 autocast=self.settings.autocast,
                 loss=self.loss_of)
-            loss = self.loss_of(step.forward())
-            if loss.requires_grad:
-                loss.backward()
+            with FlopCounter() as counter:
+                loss = self.loss_of(step.forward())
+                if loss.requires_grad:
+                    loss.backward()
+            #: Operations of the products of a step.
+            self.flops = counter.flops
             self.trained.zero_grad(set_to_none=True)
 
     @torch.no_grad()

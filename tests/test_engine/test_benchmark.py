@@ -41,7 +41,8 @@ def test_every_column_of_the_design(rows):
     wanted = {
         'config', 'method', 'memory', 'backbone_trainable', 'saved_bytes',
         'peak_bytes', 'step_s', 'forward_s', 'latency_s', 'latency_merged_s',
-        'ratio_saved', 'ratio_step', 'ratio_latency', 'ratio_latency_merged'
+        'ratio_saved', 'ratio_step', 'ratio_latency', 'ratio_latency_merged',
+        'flops', 'ratio_flops'
     }
     for row in rows:
         assert wanted < set(row)
@@ -55,6 +56,10 @@ def test_every_column_of_the_design(rows):
 def test_references(rows):
     full, frozen = rows[:2]
     assert full['ratio_saved'] == full['ratio_step'] == 1
+    assert full['ratio_flops'] == 1
+    # A forward alone; modules need two passes and their own.
+    assert frozen['ratio_flops'] == pytest.approx(1 / 3, abs=.02)
+    assert all(2 / 3 < row['ratio_flops'] < 1 for row in rows[2:])
     assert frozen['saved_bytes'] == frozen['backbone_trainable'] == 0
     assert frozen['ratio_step'] > 0
 
