@@ -23,11 +23,12 @@ from mmpeft.engine.run import build_runner  # noqa: E402
 HERE = osp.dirname(osp.abspath(__file__))
 ROOT = osp.dirname(HERE)
 pytestmark = pytest.mark.dist
-# What one process and several may differ by, in float64. The loss of mmseg
-# adds float32's epsilon to its number of pixels, 1e-11 of it, which halves
-# with the batch; sums in another order are 1e-14. In float32 they are up to
-# 9e-7.
-CLOSE = 1e-9
+# What one process and several may differ by, in float64, a tenth of what is
+# promised. The loss of mmseg adds float32's epsilon to its number of pixels,
+# 1e-11 of it, which halves with the batch; each step with this rate multiplies
+# that, so that the fourth gradient was 1e-10 off on one machine and 1.6e-9 on
+# another. In float32 they are up to 9e-7.
+CLOSE = 1e-7
 
 
 def start(command):
