@@ -108,10 +108,26 @@ def rendered(rows):
         f'batch of {how["batch_size"]} x {height} x {width}',
         how['dtype'] + (f' with {how["amp"]} autocast' if how['amp'] else ''),
         how['device'], f'{how["threads"]} threads', f'torch {how["torch"]}',
-        f'{how["repeats"]} rounds', f'{how["clock"]} clock'
+        f'{how["repeats"]} rounds', f'{how["clock"]} clock',
+        *(['freed memory used again'] if how.get('keeps_memory') else [])
     ]
     configs = ', '.join(dict.fromkeys(f'`{r["config"]}`' for r in rows))
-    return f'{configs}: {", ".join(parts)}.\n\n' + table(list(columns), cells)
+    text = f'{configs}: {", ".join(parts)}.\n\n' + table(
+        list(columns), cells)
+    if rows[0].get('operations'):
+        text += ('\n\nWhat a step of each does, in seconds, under the '
+                 'profiler:\n\n' + operations(rows))
+    return text
+
+
+def operations(rows):
+    """The table of seconds by kind of operation."""
+    kinds = list(rows[0]['operations'])
+    return table(['method', 'memory', *kinds, 'all'], [[
+        row['method'], row['memory'],
+        *(number(row['operations'][k]) for k in kinds),
+        number(sum(row['operations'].values()))
+    ] for row in rows])
 
 
 def filled(page, folder):

@@ -117,3 +117,15 @@ def test_what_was_not_measured_has_no_column():
         'method', 'memory', 'trains', 'kept, MiB', '/ Full', 'floor',
         'products / Full'
     ]
+
+
+def test_kinds_of_operations_are_a_second_table():
+    rows = [
+        row(method, operations=dict(products=seconds, others=.5))
+        for method, seconds in (('Full', 2.), ('Mona', 1.25))
+    ]
+    lines = cost_table.rendered(rows).splitlines()
+    cells = [[c.strip() for c in t.split('|')[1:-1]] for t in lines[-4:]]
+    assert cells[0] == ['method', 'memory', 'products', 'others', 'all']
+    assert cells[2:] == [['Full', 'fast', '2.00', '0.50', '2.50'],
+                         ['Mona', 'fast', '1.25', '0.50', '1.75']]

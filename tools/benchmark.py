@@ -84,6 +84,11 @@ def parse_args():
         action='store_true',
         help='without inference, which takes about as long as the steps')
     parser.add_argument(
+        '--operations',
+        action='store_true',
+        help='also one step of each row under a profiler: seconds of '
+        'products, norms, copies and others')
+    parser.add_argument(
         '--module-against-released',
         action='store_true',
         help="instead: each size of Mona's module of a backbone against the "
@@ -135,7 +140,7 @@ def measure(config, args, settings, memories, progress):
 
 def read_settings(args):
     """How to measure, checked; sets the threads."""
-    from mmpeft.engine.settings import Settings
+    from mmpeft.engine.settings import Settings, keep_freed_memory
     settings = Settings(
         batch_size=args.batch_size,
         image_size=tuple(args.image_size),
@@ -147,7 +152,9 @@ def read_settings(args):
         with_cp=args.with_cp,
         clock=args.clock,
         threads=args.threads,
-        latency=not args.no_latency)
+        latency=not args.no_latency,
+        operations=args.operations,
+        keeps_memory=keep_freed_memory())
     return settings.checked()
 
 

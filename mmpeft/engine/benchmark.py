@@ -13,6 +13,7 @@ from ..plan import parse_methods
 from ..state import PEFTState
 from .checkpoint import strip_method
 from .measure import TrainStep, kept_by_forward
+from .operations import seconds_by_group
 from .run import parse_options
 from .settings import Progress, Settings, quiet
 from .subject import Subject, node_at, set_checkpointing
@@ -76,7 +77,8 @@ def benchmark(config: str,
         node_at(cfg, at)['pretrained'] = False
     cases = _cases(chosen, memories, settings)
     rounds = settings.repeats + 1 if settings.repeats else 0
-    progress(more=1 + (2 + rounds) * len(cases))
+    each = 2 + rounds + settings.operations
+    progress(more=1 + each * len(cases))
     rows: List[Dict[str, Any]] = []
     progress('building the stock model')
     stock = Subject(strip_method(cfg), at, settings)
@@ -93,6 +95,9 @@ def benchmark(config: str,
     no_latency = stock.why_no_latency() if settings.latency else None
     for row, subject in zip(rows, subjects):
         row['no_latency'] = no_latency
+        if settings.operations:
+            progress(f'operations of {row["method"]}')
+            row['operations'] = seconds_by_group(step_of(subject))
         progress(f'latency of {row["method"]}')
         if settings.latency and no_latency is None:
             time_latency(row, subject, stock, settings)
@@ -166,6 +171,7 @@ def _describe(config: str, case: Case, subject: Subject,
         no_latency=None,
         not_merged=None,
         not_folded=None,
+        operations=None,
         settings=settings.to_dict())
     return row
 

@@ -51,6 +51,8 @@ def print_table(rows: Sequence[Dict[str, Any]]) -> None:
     for config in dict.fromkeys(r['config'] for r in rows):
         own = [r for r in rows if r['config'] == config]
         _print_rows(console, config, own)
+        if own[0]['operations']:
+            console.print(_operations(own))
     for name, what in (('no_latency', 'No latency'),
                        ('not_merged', 'Not merged'), ('not_folded',
                                                       'Not folded')):
@@ -116,6 +118,19 @@ def _print_rows(console: Console, config: str,
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns))
     console.print(table)
+
+
+def _operations(rows: Sequence[Dict[str, Any]]) -> Table:
+    """Seconds by kind, of a step under the profiler."""
+    table = Table(title='What a step does, s')
+    kinds = list(rows[0]['operations'])
+    table.add_column('method')
+    for kind in kinds:
+        table.add_column(kind, justify='right')
+    for row in rows:
+        table.add_row(
+            _title(row), *(f'{row["operations"][k]:.3g}' for k in kinds))
+    return table
 
 
 def _title(row: Dict[str, Any]) -> str:

@@ -1,5 +1,9 @@
 """Rows of tools/benchmark.py, on tiny models."""
+import dataclasses
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import segmentor
@@ -11,6 +15,7 @@ from mmpeft.config import add_method, load_config
 from mmpeft.engine.benchmark import Settings, benchmark
 from mmpeft.engine.cost_report import check_plot, plot, print_table
 from mmpeft.engine.measure import kept_by_forward
+from mmpeft.engine.operations import GROUPS
 from mmpeft.engine.subject import Subject, set_checkpointing
 from mmpeft.errors import PEFTError
 from mmpeft.registry import MODELS
@@ -138,6 +143,21 @@ def test_steps_without_latency(config, monkeypatch, capsys):
     assert 'step s' in shown and 'latency' not in shown.lower()
 
 
+def test_what_a_step_does(config, capsys):
+    settings = dataclasses.replace(UNTIMED, operations=True, latency=False)
+    rows = benchmark(config, ('Mona:dim=4', ), settings)
+    full, frozen, mona = (r['operations'] for r in rows)
+    assert set(full) == {*GROUPS, 'optimizer', 'others'}
+    for kinds in (full, mona):
+        for kind in ('products', 'filters', 'norms', 'attention', 'GELU',
+                     'copies', 'sums', 'optimizer', 'others'):
+            assert kinds[kind] > 0, kind
+    assert mona['dropout'] > 0
+    assert frozen['products'] > 0 == frozen['optimizer']
+    print_table(rows)
+    assert 'What a step does' in capsys.readouterr().out
+
+
 def test_checkpointing_is_compared_with_full_without(config):
     settings = Settings(2, SIZE, 0, backbone_only=True, with_cp=True)
     rows = benchmark(config, ['LNTune'], settings)
@@ -249,6 +269,7 @@ def test_a_library_without_labels(config, tmp_path):
     (dict(threads=0), '--threads must be at least 1'),
     (dict(device='gpu'), '--device gpu cannot be used'),
     (dict(clock='cpu', device='meta'), '--threads 1'),
+    (dict(operations=True, device='meta'), 'clock of the CPU'),
 ])
 def test_settings(settings, says):
     with pytest.raises(PEFTError, match=says):
@@ -274,3 +295,28 @@ def test_chart_and_table(rows, tmp_path, capsys):
 def test_charts_that_cannot_be_written(tmp_path, name, says):
     with pytest.raises(PEFTError, match=says):
         check_plot(str(tmp_path / name))
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='other libraries have no such')
+def test_freed_memory_is_used_again():
+    """No page is fetched a second time."""
+    code = (
+        'import resource, torch\n'
+        'from mmpeft.engine.settings import keep_freed_memory\n'
+        'torch.set_num_threads(1)\n'
+        'if {}:\n'
+        '    assert keep_freed_memory()\n'
+        'def faults():\n'
+        '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        'for i in range(10):\n'
+        '    if i == 2:\n'
+        '        start = faults()\n'
+        '    torch.ones(12 * 2**20)\n'
+        'print(faults() - start)\n')
+    anew, again = (
+        int(subprocess.check_output([sys.executable, '-c',
+                                     code.format(keeps)]))
+        for keeps in (False, True))
+    # Eight times 48 MiB, of pages of 4 KiB or of larger ones.
+    assert again < 100 < anew
