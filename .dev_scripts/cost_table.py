@@ -31,6 +31,30 @@ MARKS = re.compile(
 # in the section on floors of the page.
 STEP = dict(all=1., through=2 / 3, beside=1 / 3, none=1 / 3)
 SAVED = dict(stock=10.5 / 17.5, fast=9 / 17.5, lean=5 / 17.5)
+# What this project wants to stay below: bytes and steps as shares of full
+# fine-tuning with Swin-B, 2 x 512 x 512.
+TARGETS = dict(
+    Mona=dict(lean=(.40, .88), fast=(.68, .75)),
+    LoRA=dict(lean=(.33, .80), fast=(.60, .70)),
+    Adapter=dict(lean=(.42, .84), fast=(.64, .71)),
+    AdaptFormer=dict(lean=(.36, .82), fast=(.60, .70)),
+    LNTune=dict(lean=(.33, .80), fast=(.58, .67)),
+    BitFit=dict(lean=(.33, .80), fast=(.58, .67)),
+    SSF=dict(lean=(.45, .90), fast=(.80, .76)),
+    E3VA=dict(lean=(.14, .45), fast=(.20, .42)),
+    LST=dict(lean=(.15, .45), fast=(.20, .42)),
+    LAST=dict(lean=(.15, .45), fast=(.20, .42)))
+TARGET_WITH_CP = (.15, 1.10)
+
+
+def target(row):
+    """Both, or None where there are none."""
+    per_memory = TARGETS.get(row['method'].split(':')[0])
+    if 'swin-b' not in row['config'] or per_memory is None:
+        return (None, None)
+    if row['with_cp']:
+        return TARGET_WITH_CP
+    return per_memory.get(row['memory'], (None, None))
 
 
 def path_of(method):
@@ -81,9 +105,11 @@ def rendered(rows):
         'trains': lambda r: f'{r["backbone_trainable"] / 1e6:.3f} M',
         'kept, MiB': lambda r: f'{r["saved_bytes"] / MIB:.0f}',
         '/ Full': lambda r: number(r['ratio_saved'], 3),
+        'target': lambda r: number(target(r)[0]),
         'floor': lambda r: number(floor_of_bytes(r)),
         'step, s': lambda r: number(r['step_s'], 3),
         'step / Full': from_to,
+        'target of it': lambda r: number(target(r)[1]),
         'floor of it': lambda r: number(STEP.get(path_of(r['method']))),
         'products / Full': lambda r: number(r.get('ratio_flops')),
         'latency / stock': lambda r: number(r['ratio_latency']),
@@ -100,6 +126,7 @@ def rendered(rows):
     }
     if 'step, s' not in columns:
         columns.pop('floor of it', None)
+        columns.pop('target of it', None)
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     how = rows[0]['settings']
     height, width = how['image_size']
@@ -115,8 +142,8 @@ def rendered(rows):
     text = f'{configs}: {", ".join(parts)}.\n\n' + table(
         list(columns), cells)
     if rows[0].get('operations'):
-        text += ('\n\nWhat a step of each does, in seconds, under the '
-                 'profiler:\n\n' + operations(rows))
+        text += ('\n\nWhat a step of each does, in seconds:\n\n' +
+                 operations(rows))
     return text
 
 

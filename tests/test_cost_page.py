@@ -129,3 +129,17 @@ def test_kinds_of_operations_are_a_second_table():
     assert cells[0] == ['method', 'memory', 'products', 'others', 'all']
     assert cells[2:] == [['Full', 'fast', '2.00', '0.50', '2.50'],
                          ['Mona', 'fast', '1.25', '0.50', '1.75']]
+
+
+@pytest.mark.parametrize('kwargs,both', [
+    (dict(method='Mona'), (.68, .75)),
+    (dict(method='LoRA:rank=64', memory='lean'), (.33, .8)),
+    (dict(method='LST', with_cp=True), (.15, 1.1)),
+    (dict(method='Full', memory='stock'), (None, None)),
+    (dict(method='Mona', config='upernet_vit-b.py'), (None, None)),
+])
+def test_targets_stand_beside_what_was_measured(kwargs, both):
+    one = row(**dict(dict(config='mask-rcnn_swin-b_coco.py'), **kwargs))
+    assert cost_table.target(one) == both
+    assert ('target of it' in cost_table.rendered([one])) == (both[0]
+                                                              is not None)

@@ -86,8 +86,8 @@ def parse_args():
     parser.add_argument(
         '--operations',
         action='store_true',
-        help='also one step of each row under a profiler: seconds of '
-        'products, norms, copies and others')
+        help='also one step of each row, operation by operation: seconds '
+        'of products, norms, copies and others')
     parser.add_argument(
         '--module-against-released',
         action='store_true',

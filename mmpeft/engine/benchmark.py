@@ -15,7 +15,7 @@ from .checkpoint import strip_method
 from .measure import TrainStep, kept_by_forward
 from .operations import seconds_by_group
 from .run import parse_options
-from .settings import Progress, Settings, quiet
+from .settings import Progress, Settings, clock_of, quiet
 from .subject import Subject, node_at, set_checkpointing
 from .timing import step_of, time_latency, time_steps
 
@@ -97,7 +97,8 @@ def benchmark(config: str,
         row['no_latency'] = no_latency
         if settings.operations:
             progress(f'operations of {row["method"]}')
-            row['operations'] = seconds_by_group(step_of(subject))
+            row['operations'] = seconds_by_group(
+                step_of(subject), **clock_of(settings))
         progress(f'latency of {row["method"]}')
         if settings.latency and no_latency is None:
             time_latency(row, subject, stock, settings)

@@ -121,7 +121,7 @@ def _print_rows(console: Console, config: str,
 
 
 def _operations(rows: Sequence[Dict[str, Any]]) -> Table:
-    """Seconds by kind, of a step under the profiler."""
+    """Seconds by kind of operation."""
     table = Table(title='What a step does, s')
     kinds = list(rows[0]['operations'])
     table.add_column('method')

@@ -269,7 +269,6 @@ def test_a_library_without_labels(config, tmp_path):
     (dict(threads=0), '--threads must be at least 1'),
     (dict(device='gpu'), '--device gpu cannot be used'),
     (dict(clock='cpu', device='meta'), '--threads 1'),
-    (dict(operations=True, device='meta'), 'clock of the CPU'),
 ])
 def test_settings(settings, says):
     with pytest.raises(PEFTError, match=says):
