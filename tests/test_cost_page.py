@@ -143,3 +143,15 @@ def test_targets_stand_beside_what_was_measured(kwargs, both):
     assert cost_table.target(one) == both
     assert ('target of it' in cost_table.rendered([one])) == (both[0]
                                                               is not None)
+
+
+@pytest.mark.parametrize('method,with_cp,floor', [
+    ('Mona', False, 2 / 3),
+    ('Mona', True, 1),
+    ('Full', True, 4 / 3),
+    ('LST', True, 1 / 3),
+    ('DTL', True, None),
+])
+def test_floor_of_a_step(method, with_cp, floor):
+    found = cost_table.floor_of_step(row(method, with_cp=with_cp))
+    assert found == (None if floor is None else pytest.approx(floor))
