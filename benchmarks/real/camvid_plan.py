@@ -1,5 +1,6 @@
-# All methods on CamVid with DeiT-tiny, in shorter runs than those of
-# `run.py`, which has three seeds of seven methods. Not run yet. Its data:
+# All methods on CamVid with DeiT-tiny, one seed and shorter runs than those of
+# `run.py`, which has three seeds of seven methods (docs/en/bench_camvid.md).
+# Its data:
 #     python benchmarks/real/run.py --data-root DIR --cache data/real \
 #         --tasks camvid-vit --prepare
 # and the folder `deit_tiny` of DIR linked into `data`.
@@ -38,6 +39,7 @@ tasks = dict(
                         'deit_tiny_patch16_224_in1k_mmpretrain.pth')))),
         tune=dict(val_dataloader=_split('val')),
         final=dict(val_dataloader=_split('test')),
-        # Its map has other channels.
+        # Its last map, which all of it leads to.
         method_options=dict(
-            HST=dict(model=dict(decode_head=dict(in_channels=72))))))
+            HST=dict(
+                model=dict(decode_head=dict(in_index=3, in_channels=72))))))

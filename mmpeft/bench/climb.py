@@ -13,8 +13,8 @@ def ranked(scores: Dict[int, Optional[float]]) -> List[int]:
 def climb(count: int, scores: Dict[int, Optional[float]]) -> Tuple[List, List]:
     """Climb a grid from its middle.
 
-    The middle is tried (one entry or two); while the best is the lowest or
-    the highest that was tried, the next one beyond it is.
+    The middle is tried (one entry or two); while the lowest or the highest
+    that was tried is the best, or as good, the next one beyond it is.
 
     Args:
         count (int): Entries of the grid, in ascending order.
@@ -32,10 +32,10 @@ def climb(count: int, scores: Dict[int, Optional[float]]) -> Tuple[List, List]:
         if missing:
             return missing, []
         order = ranked({i: scores[i] for i in tried})
-        best = order[0] if order else low
-        if best == low and low > 0:
+        best = [i for i in order if scores[i] == scores[order[0]]] or [low]
+        if low in best and low > 0:
             low -= 1
-        elif best == high and high < count - 1:
+        elif high in best and high < count - 1:
             high += 1
         else:
             return [], order

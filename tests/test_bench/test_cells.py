@@ -136,3 +136,12 @@ def test_names_are_folders():
     assert names == {
         'seg_LoRA-r-4-x_tune_lr2_seed100', 'seg_LoRA-r-4-x_tune_lr4_seed100'
     }
+
+
+def test_what_no_rate_changes_is_tried_with_all():
+    """A rate that is as good as the best is an end that is not yet known."""
+    scores = {}
+    while missing := climb(5, scores)[0]:
+        scores.update(dict.fromkeys(missing, 39.23))
+    assert set(scores) == set(range(5))
+    assert climb(5, scores) == ([], [0, 1, 2, 3, 4])
