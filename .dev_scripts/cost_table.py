@@ -146,8 +146,7 @@ def rendered(rows):
         *(['freed memory used again'] if how.get('keeps_memory') else [])
     ]
     configs = ', '.join(dict.fromkeys(f'`{r["config"]}`' for r in rows))
-    text = f'{configs}: {", ".join(parts)}.\n\n' + table(
-        list(columns), cells)
+    text = f'{configs}: {", ".join(parts)}.\n\n' + table(list(columns), cells)
     if rows[0].get('operations'):
         text += ('\n\nWhat a step of each does, in seconds:\n\n' +
                  operations(rows))
@@ -158,8 +157,8 @@ def operations(rows):
     """The table of seconds by kind of operation."""
     kinds = list(rows[0]['operations'])
     return table(['method', 'memory', *kinds, 'all'], [[
-        row['method'], row['memory'],
-        *(number(row['operations'][k]) for k in kinds),
+        row['method'], row['memory'], *(number(row['operations'][k])
+                                        for k in kinds),
         number(sum(row['operations'].values()))
     ] for row in rows])
 

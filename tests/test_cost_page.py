@@ -141,8 +141,8 @@ def test_kinds_of_operations_are_a_second_table():
 def test_targets_stand_beside_what_was_measured(kwargs, both):
     one = row(**dict(dict(config='mask-rcnn_swin-b_coco.py'), **kwargs))
     assert cost_table.target(one) == both
-    assert ('target of it' in cost_table.rendered([one])) == (both[0]
-                                                              is not None)
+    assert ('target of it' in cost_table.rendered([one])) == (
+        both[0] is not None)
 
 
 @pytest.mark.parametrize('method,with_cp,floor', [

@@ -41,5 +41,5 @@ tasks = dict(
         final=dict(val_dataloader=_split('test')),
         # Its last map, which all of it leads to.
         method_options=dict(
-            HST=dict(
-                model=dict(decode_head=dict(in_index=3, in_channels=72))))))
+            HST=dict(model=dict(
+                decode_head=dict(in_index=3, in_channels=72))))))

@@ -2,7 +2,6 @@
 from math import prod
 from typing import Any, Callable, Dict
 
-import torch
 from torch import Size, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -47,14 +46,14 @@ def _product(out: Size, a: Size, b: Size, *args: Any) -> int:
     return prod(out) * a[-1]
 
 
-def _product_and_sum(out: Size, added: Size, a: Size, b: Size,
-                     *args: Any) -> int:
+def _product_and_sum(out: Size, added: Size, a: Size, b: Size, *args:
+                     Any) -> int:
     return _product(out, a, b)
 
 
 def _convolution(out: Size, x: Size, weight: Size, bias: Any, stride: Any,
-                 padding: Any, dilation: Any, transposed: bool,
-                 *args: Any) -> int:
+                 padding: Any, dilation: Any, transposed: bool, *args:
+                 Any) -> int:
     # Each place of the smaller map meets a filter, of its group alone.
     return prod(x if transposed else out) * prod(weight[1:])
 
@@ -72,8 +71,8 @@ def _attention(out: Any, q: Size, k: Size, v: Size, *args: Any) -> int:
     return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-def _attention_backward(out: Any, grad: Size, q: Size, k: Size, v: Size,
-                        *args: Any) -> int:
+def _attention_backward(out: Any, grad: Size, q: Size, k: Size, v: Size, *args:
+                        Any) -> int:
     """The scores again, and a gradient of each factor of both products."""
     return prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
@@ -88,8 +87,10 @@ _FORMULAS: Dict[str, Callable[..., int]] = {
     'aten.baddbmm': _product_and_sum,
     'aten.convolution': _convolution,
     'aten.convolution_backward': _convolution_backward,
-    **{f'aten._scaled_dot_product_{n}': _attention
-       for n in _FUSED},
+    **{
+        f'aten._scaled_dot_product_{n}': _attention
+        for n in _FUSED
+    },
     **{
         f'aten._scaled_dot_product_{n}_backward': _attention_backward
         for n in _FUSED

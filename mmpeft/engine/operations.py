@@ -65,9 +65,8 @@ class _Timer(TorchDispatchMode):
         self.in_optimizer = False
 
 
-def seconds_by_group(
-        step: TrainStep, clock: Callable[[], float],
-        synchronize: Callable[[], None]) -> Dict[str, float]:
+def seconds_by_group(step: TrainStep, clock: Callable[[], float],
+                     synchronize: Callable[[], None]) -> Dict[str, float]:
     """Seconds of the operations of a training step.
 
     ``torch.profiler`` does not say this: of what is computed again in a

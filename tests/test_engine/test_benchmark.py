@@ -300,19 +300,19 @@ def test_charts_that_cannot_be_written(tmp_path, name, says):
     platform.libc_ver()[0] != 'glibc', reason='other libraries have no such')
 def test_freed_memory_is_used_again():
     """Nothing of it goes back to the system."""
-    code = (
-        'import resource, torch\n'
-        'from mmpeft.engine.settings import keep_freed_memory\n'
-        'if {}:\n'
-        '    assert keep_freed_memory()\n'
-        'def pages():\n'
-        '    return int(open("/proc/self/statm").read().split()[0])\n'
-        'x = torch.ones(12 * 2**20)\n'
-        'before = pages()\n'
-        'del x\n'
-        'print((before - pages()) * resource.getpagesize())\n')
+    code = ('import resource, torch\n'
+            'from mmpeft.engine.settings import keep_freed_memory\n'
+            'if {}:\n'
+            '    assert keep_freed_memory()\n'
+            'def pages():\n'
+            '    return int(open("/proc/self/statm").read().split()[0])\n'
+            'x = torch.ones(12 * 2**20)\n'
+            'before = pages()\n'
+            'del x\n'
+            'print((before - pages()) * resource.getpagesize())\n')
     given, kept = (
-        int(subprocess.check_output([sys.executable, '-c',
+        int(
+            subprocess.check_output([sys.executable, '-c',
                                      code.format(keeps)]))
         for keeps in (False, True))
     assert given >= 48 * 2**20 and kept == 0

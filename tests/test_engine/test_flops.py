@@ -53,8 +53,7 @@ def test_transposed_convolution():
 
 def test_attention():
     """Fused or not, the scores of a fused one being made again."""
-    q, k, v = (
-        torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
     once = 2 * 2 * 3 * 5 * 7 * 8
 
     def plain():
