@@ -6,7 +6,7 @@ from torch import Size, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ['FlopCounter']
+__all__ = ['FUSED_ATTENTION', 'FlopCounter']
 
 
 class FlopCounter(TorchDispatchMode):
@@ -77,8 +77,11 @@ def _attention_backward(out: Any, grad: Size, q: Size, k: Size, v: Size, *args:
     return prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
-_FUSED = ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention',
-          'cudnn_attention')
+#: Kernels of fused attention, of whatever version and device.
+FUSED_ATTENTION = tuple(f'_scaled_dot_product_{name}'
+                        for name in ('flash_attention_for_cpu',
+                                     'flash_attention', 'efficient_attention',
+                                     'cudnn_attention'))
 # By name, as no version of PyTorch has all of them.
 _FORMULAS: Dict[str, Callable[..., int]] = {
     'aten.mm': _product,
@@ -87,12 +90,7 @@ _FORMULAS: Dict[str, Callable[..., int]] = {
     'aten.baddbmm': _product_and_sum,
     'aten.convolution': _convolution,
     'aten.convolution_backward': _convolution_backward,
-    **{
-        f'aten._scaled_dot_product_{n}': _attention
-        for n in _FUSED
-    },
-    **{
-        f'aten._scaled_dot_product_{n}_backward': _attention_backward
-        for n in _FUSED
-    },
 }
+for _name in FUSED_ATTENTION:
+    _FORMULAS[f'aten.{_name}'] = _attention
+    _FORMULAS[f'aten.{_name}_backward'] = _attention_backward

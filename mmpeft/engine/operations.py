@@ -4,6 +4,7 @@ from typing import Any, Callable, Dict
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .flops import FUSED_ATTENTION
 from .measure import TrainStep
 
 __all__ = ['GROUPS', 'seconds_by_group']
@@ -14,13 +15,8 @@ GROUPS: Dict[str, tuple] = {
     'products': ('mm', 'addmm', 'bmm', 'baddbmm', 'addmv', 'mv', 'dot'),
     'filters': ('convolution', 'convolution_backward'),
     'norms': ('native_layer_norm', 'native_layer_norm_backward'),
-    'attention': ('_softmax', '_softmax_backward_data',
-                  '_scaled_dot_product_flash_attention_for_cpu',
-                  '_scaled_dot_product_flash_attention_for_cpu_backward',
-                  '_scaled_dot_product_flash_attention',
-                  '_scaled_dot_product_flash_attention_backward',
-                  '_scaled_dot_product_efficient_attention',
-                  '_scaled_dot_product_efficient_attention_backward'),
+    'attention': ('_softmax', '_softmax_backward_data', *FUSED_ATTENTION,
+                  *(f'{name}_backward' for name in FUSED_ATTENTION)),
     'GELU': ('gelu', 'gelu_backward'),
     'dropout': ('bernoulli_', 'native_dropout', 'native_dropout_backward'),
     'copies': ('clone', 'copy_', '_to_copy', 'index', 'index_select', 'cat',
