@@ -155,6 +155,8 @@ def attach(backbone: nn.Module, state: PEFTState, build: Build) -> None:
             raise PEFTError(f'name={name!r} is taken; choose another.')
         # What is attached follows the backbone's device and precision.
         state.add_module(name, child.to(reference))
+    for network in build.networks.values():
+        network.memory = state.memory
     for place, name, at in build.modules:
         if isinstance(place, Part):
             _attach_part(place, name, at)

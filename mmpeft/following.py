@@ -5,8 +5,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from .recipes import current
+from .recompute import recomputed
 
-__all__ = ['follow', 'reach', 'see_raw', 'unfollow']
+__all__ = ['follow', 'follow_activations', 'reach', 'see_raw', 'unfollow']
+
+#: Elementwise, and without random numbers.
+ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU)
 
 
 class _Reached(Exception):
@@ -53,11 +57,27 @@ def follow(module: nn.Module, role: str, output: bool) -> None:
             _see_input)
 
 
+def follow_activations(block: nn.Module) -> None:
+    """Let the recipes of a block know what comes out of its activations.
+
+    The layer behind one keeps it where anything there trains, and the
+    activation itself has kept what it is made of.
+    """
+    for name, module in block.named_modules():
+        own = not name.startswith('peft.') and not hasattr(
+            module, '_peft_follow')
+        if own and isinstance(
+                module, ACTIVATIONS) and not getattr(module, 'inplace', False):
+            module._peft_follow = module.register_forward_hook(_make_again)
+
+
 def unfollow(module: nn.Module) -> None:
     """Undo :func:`follow`."""
     if '_peft_follow' in module.__dict__:
         module._peft_follow.remove()
-        del module._peft_role, module._peft_wanted, module._peft_follow
+        del module._peft_follow
+        for name in ('_peft_role', '_peft_wanted'):
+            module.__dict__.pop(name, None)
 
 
 def see_raw(module: nn.Module, output: Tensor) -> None:
@@ -68,6 +88,10 @@ def see_raw(module: nn.Module, output: Tensor) -> None:
     recipes = current()
     if recipes is not None and '_peft_role' in module.__dict__:
         recipes.meet(module._peft_role + '_raw', module, output)
+
+
+def _make_again(module: nn.Module, args: tuple, output: Tensor) -> None:
+    recomputed(module.forward, args[0], known=output)
 
 
 def _see(module: nn.Module, tensor: Tensor) -> None:

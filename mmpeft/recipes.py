@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ['NoRecipes', 'Recipes', 'current']
+__all__ = ['NoRecipes', 'Recipes', 'autocast_of', 'current']
 
 _LOCAL = threading.local()
 
@@ -179,15 +179,19 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def autocast_of(device: str) -> Tuple[bool, torch.dtype]:
+    """Whether autocast is on, and its dtype."""
+    if hasattr(torch, 'get_autocast_dtype'):
+        return (torch.is_autocast_enabled(device),
+                torch.get_autocast_dtype(device))
+    # torch 2.1
+    if device == 'cpu':
+        return (torch.is_autocast_cpu_enabled(),
+                torch.get_autocast_cpu_dtype())
+    return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+
+
 def _precision(device: str) -> Callable:
     """A context with the autocast of now."""
-    if hasattr(torch, 'get_autocast_dtype'):
-        enabled = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device)
-    elif device == 'cpu':
-        enabled = torch.is_autocast_cpu_enabled()
-        dtype = torch.get_autocast_cpu_dtype()
-    else:
-        enabled = torch.is_autocast_enabled()
-        dtype = torch.get_autocast_gpu_dtype()
+    enabled, dtype = autocast_of(device)
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)

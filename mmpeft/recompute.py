@@ -10,8 +10,8 @@ from torch import Tensor
 from .recipes import NoRecipes, Recipes, current
 
 __all__ = [
-    'MEMORY', 'added', 'dropped', 'pass_on', 'recipes_for', 'recomputed',
-    'recomputed_if_lean'
+    'MEMORY', 'added', 'dropped', 'is_compiling', 'pass_on', 'recipes_for',
+    'recomputed', 'recomputed_if_lean'
 ]
 
 #: What ``PEFTBackbone(memory=...)`` may be.
@@ -88,14 +88,15 @@ def recipes_for(memory: str, x: Tensor, checkpointed: bool) -> ContextManager:
         x (Tensor): What enters the block.
         checkpointed (bool): Whether the block is.
     """
-    if memory == 'stock' or not torch.is_grad_enabled() or _is_compiling():
+    if memory == 'stock' or not torch.is_grad_enabled() or is_compiling():
         return nullcontext()
     if checkpointed or _has_hooks():
         return NoRecipes()
     return Recipes(x, lean=memory == 'lean')
 
 
-def _is_compiling() -> bool:
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` traces."""
     if hasattr(torch.compiler, 'is_compiling'):
         return torch.compiler.is_compiling()
     # torch 2.1; what was never imported traces nothing.

@@ -140,7 +140,7 @@ def test_kinds_of_operations_are_a_second_table():
 ])
 def test_targets_stand_beside_what_was_measured(kwargs, both):
     one = row(**dict(dict(config='mask-rcnn_swin-b_coco.py'), **kwargs))
-    assert cost_table.target(one) == both
+    assert tuple(cost_table.target(one, w) for w in ('bytes', 'step')) == both
     assert ('target of it' in cost_table.rendered([one])) == (
         both[0] is not None)
 

@@ -98,6 +98,24 @@ def test_keeps_less(name):
     assert model.peft.memory == 'fast'
 
 
+def test_what_an_activation_made_is_made_again(monkeypatch):
+    """The map in front of fc2, which IA3 scales, in each block."""
+    pytest.importorskip('mmdet')
+    # Maps of 15 x 11 and of 8 x 6 in two stages of two blocks.
+    hidden = 2 * 4 * 4 * (165 * 16 + 48 * 32)
+    found = []
+    for follow in (lambda block: None, None):
+        with monkeypatch.context() as patch:
+            if follow is not None:
+                patch.setattr('mmpeft.backbones.base.follow_activations',
+                              follow)
+            backbone = build('mmdet', 'IA3', 'fast')
+        image = torch.randn(1, 3, 60, 44)
+        backbone(image)
+        found.append(kept_by_forward(backbone, image).saved)
+    assert found[0] - found[1] == hidden
+
+
 def test_checkpointed_blocks_keep_as_little():
     pytest.importorskip('mmdet')
     image = torch.randn(2, 3, 64, 64)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmpeft.methods.mona import MonaOp
 from mmpeft.methods.mona_fold import fold_op
 from mmpeft.ops import (activate, add_rows, filtered_bottleneck, from_windows,
-                        plan_windows, scale_shift, to_windows,
+                        low_rank_linear, plan_windows, scale_shift, to_windows,
                         window_attention)
 from mmpeft.ops.depthwise import depthwise, depthwise_backward, kernel_grad
 from mmpeft.recipes import Recipes
@@ -204,6 +204,51 @@ def test_add_rows(rows):
     updates = [drawn(2, 3, stop - start) for start, stop in rows]
     compare(lambda y, *u: add_rows(y, rows, u), plain,
             (drawn(2, 3, 6), *updates))
+
+
+@pytest.mark.parametrize('with_gain', [False, True])
+@pytest.mark.parametrize('with_initial', [False, True])
+@pytest.mark.parametrize('rank', [1, 3])
+@pytest.mark.parametrize('rows', [[(0, 4), (8, 12)], [(4, 8)], [(0, 12)]])
+def test_low_rank_linear(rows, rank, with_initial, with_gain):
+    torch.manual_seed(0)
+    sizes = [stop - start for start, stop in rows]
+    factors = ((len(rows) * rank, 5), (sum(sizes), rank))
+    initial = [drawn(*f).detach() for f in factors] if with_initial else None
+    weight = drawn(12, 5).detach()
+
+    def ours(x, bias, down, up, gain=None):
+        return low_rank_linear(x, weight, bias, rows, down, up, .7, initial,
+                               gain)
+
+    def plain(x, bias, down, up, gain=None):
+        out = list((x @ weight.t()).split(4, -1))
+        for sign, pair in ((1, (down, up)), (-1, initial)):
+            if pair is None:
+                continue
+            parts = zip(rows, pair[0].split(rank), pair[1].split(sizes))
+            for (start, stop), a, b in parts:
+                update = sign * .7 * (x @ a.t() @ b.t())
+                for i, part in zip(
+                        range(start // 4, stop // 4), update.split(4, -1)):
+                    out[i] = out[i] + part
+        out = list(torch.cat(out, -1).split(1, -1))
+        for i, row in enumerate(r for pair in rows for r in range(*pair)):
+            out[row] = out[row] if gain is None else gain[i] * out[row]
+        return torch.cat(out, -1) + bias
+
+    inputs = (drawn(2, 3, 5), drawn(12), *(drawn(*f) for f in factors))
+    if with_gain:
+        inputs += (drawn(sum(sizes)), )
+    compare(ours, plain, inputs)
+    # By thin products where all rows have an update of rank 1.
+    assert (sum(sizes) > 4 * factors[0][0]) == (sizes == [12] and rank == 1)
+    equal = (torch.zeros_like(inputs[2]), torch.zeros_like(inputs[3]))
+    stock = F.linear(inputs[0], weight, inputs[1])
+    given = initial or equal
+    found = low_rank_linear(inputs[0], weight, inputs[1], rows, *given, .7,
+                            initial, *(torch.ones_like(g) for g in inputs[4:]))
+    assert torch.equal(found, stock)
 
 
 @pytest.mark.parametrize('size', [3, 5, 7])

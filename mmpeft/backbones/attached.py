@@ -68,14 +68,31 @@ class BlockPEFT(nn.ModuleDict):
             site: str,
             x: Tensor,
             y: Any,
-            layout: Optional[TokenLayout] = None) -> Any:
-        """Pass ``y`` through the modules at a site, in order of attachment."""
+            layout: Optional[TokenLayout] = None,
+            done: Optional[nn.Module] = None) -> Any:
+        """Pass ``y`` through the modules at a site, in order of attachment,
+        except through one that is part of it already."""
         for modules in self.values():
-            if site in modules:
+            if site in modules and modules[site] is not done:
                 y = modules[site](x, y, layout)
         if self.tapped is not None and site in self.taps:
             self.tapped[site] = y.detach()
         return y
+
+    def leader(self, site: str, x: Tensor,
+               layer: nn.Module) -> Optional[nn.Module]:
+        """The first module at a linear layer, if it stands for both.
+
+        Evaluation, and ``memory='stock'``, are the plain formula.
+        """
+        if self.memory == 'stock' or not self.training:
+            return None
+        for modules in self.values():
+            if site in modules:
+                first = modules[site]
+                leads = first.leads and first.takes_over(x, layer)
+                return first if leads else None
+        return None
 
     def call(self, forward: Callable, x: Tensor, layout: TokenLayout,
              with_cp: bool, *args: Any) -> Tensor:
@@ -137,6 +154,16 @@ def _rate(module: nn.Module) -> float:
     return getattr(module, 'drop_prob', None) or 0.
 
 
+class LedLinear:
+    """The forward of a linear layer whose first module may stand for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        peft, site = self._peft_site
+        leader = peft.leader(site, x, self)
+        return super().forward(x) if leader is None else leader.replaced(
+            x, self)
+
+
 def input_hook(module: nn.Module, args: tuple) -> tuple:
     """Forward pre-hook of a linear layer whose input is a site."""
     peft, site = module._peft_site
@@ -162,7 +189,10 @@ def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return peft.run(site, x, y).movedim(-1, 1)
     see_raw(module, output)
     if current() is None or not peft.only_elementwise(site):
-        return peft.run(site, args[0], output)
+        done = None
+        if isinstance(module, LedLinear):
+            done = peft.leader(site, args[0], module)
+        return peft.run(site, args[0], output, done=done)
     if isinstance(module, nn.LayerNorm):
         output = recomputed(module.forward, args[0], known=output)
     return recomputed(lambda y: peft.run(site, None, y), output)
@@ -190,6 +220,10 @@ def connect(module: nn.Module,
         module._peft_handles = {}
         module._peft_channels_first = channels_first or isinstance(
             module, nn.Conv2d)
+    if type(module) is nn.Linear and any(
+            site in modules and modules[site].leads
+            for modules in peft.values()) and not is_input:
+        module.__class__ = peft_class(LedLinear, nn.Linear)
     if is_input not in module._peft_handles:
         module._peft_handles[is_input] = (
             module.register_forward_pre_hook(input_hook)
@@ -201,6 +235,8 @@ def disconnect(module: nn.Module) -> None:
     if hasattr(module, '_peft_site'):
         for handle in module._peft_handles.values():
             handle.remove()
+        if isinstance(module, LedLinear):
+            module.__class__ = type(module).stock_class
         del module._peft_site, module._peft_handles
         del module._peft_channels_first
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import SiteError
-from ..following import follow, unfollow
+from ..following import follow, follow_activations, unfollow
 from ..methods.side import TrunkBlock
 from ..registry import SITE_MAPS
 from ..sites import (INPUT_SITES, LINEAR_SITES, PART_SITES, SITES, TOKEN_SITES,
@@ -337,13 +337,14 @@ class SiteMap:
             for site, output in (('qkv', False), ('fc1', True)):
                 if site in modules:
                     follow(modules[site], site, output)
+        follow_activations(block)
 
     @classmethod
     def restore(cls, block: nn.Module) -> None:
         """Undo :meth:`swap` and remove everything attached."""
         if not hasattr(type(block), 'stock_class'):
             return
-        for module in cls.modules(block).values():
+        for module in block.modules():
             disconnect(module)
             unfollow(module)
         del block.peft

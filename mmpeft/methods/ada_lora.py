@@ -48,6 +48,7 @@ class AdaLoRA(LowRank):
     """
 
     key = 'ada_lora'
+    leads = True
     hooks = (dict(type='mmpeft.RankBudgetHook'), )
 
     def __init__(self,
@@ -66,10 +67,12 @@ class AdaLoRA(LowRank):
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
 
+    def factors(self) -> Tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E[:, None], self.lora_B
+
     def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        down = self.lora_A * self.lora_E[:, None]
-        updates = self.project(self.dropout(x), down, self.lora_B)
+        updates = self.project(self.dropout(x), *self.factors())
         if self.scale != 1:
             updates = [self.scale * update for update in updates]
         return self.add(y, updates)

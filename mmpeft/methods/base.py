@@ -68,6 +68,8 @@ class PEFTModule(Method, nn.Module):
     #: Whether its output depends on ``y`` alone, number by number, and draws
     #: no random ones; see :mod:`mmpeft.recipes`.
     elementwise: bool = False
+    #: Whether it has a :meth:`takes_over`.
+    leads: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False
     #: At ``tokens``: whether a side network reads what becomes of them.
@@ -163,6 +165,22 @@ class PEFTModule(Method, nn.Module):
 
         Returns:
             Tensor: (..., out_dims), in the place of ``y``.
+        """
+        raise NotImplementedError
+
+    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
+        """Whether :meth:`replaced` is to be called for this input.
+
+        Args:
+            x (Tensor): (..., in_dims), what the linear layer received.
+            layer (nn.Linear): The stock layer at the site.
+        """
+        raise NotImplementedError
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """What :meth:`forward` makes of ``layer(x)``, in one go.
+
+        (..., in_dims) -> (..., out_dims)
         """
         raise NotImplementedError
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..ops import low_rank_linear
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .low_rank import LowRank
@@ -57,6 +58,7 @@ class DoRA(LowRank):
     """
 
     key = 'dora'
+    leads = True
     needs_layer = True
 
     def __init__(self,
@@ -113,6 +115,12 @@ class DoRA(LowRank):
             parts.append(part + (gain - 1).to(part.dtype) * linear +
                          (self.scale * gain).to(part.dtype) * update)
         return self.put(y, parts)
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        gain = torch.cat(self._gains(layer.weight))
+        return low_rank_linear(x, layer.weight, layer.bias, self.rows,
+                               self.lora_A, self.lora_B, self.scale, None,
+                               gain)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

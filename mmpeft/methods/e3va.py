@@ -6,7 +6,7 @@ from torch import Tensor
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import check_width
-from .highway import Highway, recompute
+from .highway import Highway, run
 from .lorand import LoRand
 from .side import Trunk, TrunkBlock
 
@@ -56,8 +56,10 @@ class E3VA(Highway):
             width. Defaults to None.
         share_kernel (bool): Whether both matrices of an adapter have the same
             kernels. Defaults to True.
-        with_cp (bool): Whether backward computes the adapters again instead
-            of keeping what is inside. Defaults to True.
+        with_cp (bool, optional): Whether backward computes the adapters again
+            instead of keeping what is inside. Defaults to None, which leaves
+            it to the ``memory`` of the backbone: ``'lean'`` does, ``'fast'``
+            computes again what takes no product, ``'stock'`` keeps all.
 
     Raises:
         PEFTError: If ``dim`` exceeds the width of a stage, or ``rank`` exceeds
@@ -74,7 +76,7 @@ class E3VA(Highway):
                  rank: int = 8,
                  dim: Optional[int] = None,
                  share_kernel: bool = True,
-                 with_cp: bool = True) -> None:
+                 with_cp: Optional[bool] = None) -> None:
         super().__init__(trunk, with_cp)
         for dims in trunk.stage_dims.values():
             width = max(dims // 2, 1) if dim is None else dim
@@ -100,9 +102,9 @@ class E3VA(Highway):
 
     def update(self, u: Tensor, block: TrunkBlock, y: Tensor,
                taps: Dict[str, Tensor], layout: TokenLayout) -> Tensor:
-        return recompute(self.with_cp, self._adapt, str(block.index),
-                         *(taps[site] for site in self.taps))
+        return run(self, self._adapt, *(taps[site] for site in self.taps),
+                   str(block.index))
 
-    def _adapt(self, index: str, attention: Tensor, mlp: Tensor) -> Tensor:
+    def _adapt(self, attention: Tensor, mlp: Tensor, index: str) -> Tensor:
         adapters = self.blocks[index]
         return adapters['attn_branch'](attention) + adapters['ffn_branch'](mlp)

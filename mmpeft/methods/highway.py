@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..recompute import recipes_for
 from ..sites import TokenLayout
 from .side import SideNetwork, Trunk, TrunkBlock
 
-__all__ = ['Highway', 'State', 'recompute']
+__all__ = ['Highway', 'State', 'recompute', 'run']
 
 
 class State:
@@ -40,6 +41,21 @@ def recompute(active: bool, function: Callable, *args: Any) -> Any:
         function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def run(network: SideNetwork, function: Callable, *args: Any) -> Any:
+    """Call a part of a network that lets its ``with_cp`` open.
+
+    ``True`` keeps the arguments alone and ``False`` all that is inside;
+    ``None`` is as the ``memory`` of the backbone: only the arguments if it is
+    lean, and if it is fast what cannot be made again without a product.
+    """
+    if network.with_cp or (network.with_cp is None
+                           and network.memory == 'lean'):
+        return recompute(True, function, *args)
+    memory = 'stock' if network.with_cp is False else network.memory
+    with recipes_for(memory, args[0], False):
+        return function(*args)
+
+
 class Highway(SideNetwork):
     """A stream ``u`` that is added to the outputs of the backbone::
 
@@ -55,11 +71,11 @@ class Highway(SideNetwork):
 
     Args:
         trunk (Trunk): What it runs beside.
-        with_cp (bool): Whether backward computes the updates again instead of
-            keeping all they computed.
+        with_cp (bool, optional): Whether backward computes the updates again;
+            see :func:`run`.
     """
 
-    def __init__(self, trunk: Trunk, with_cp: bool) -> None:
+    def __init__(self, trunk: Trunk, with_cp: Optional[bool]) -> None:
         super().__init__(trunk)
         self.with_cp = with_cp
 
@@ -81,7 +97,7 @@ class Highway(SideNetwork):
         joined = u.x + u.stream if u.joined is None else u.joined
         with torch.no_grad():
             plain = downsample(u.x)
-        merged = recompute(self.with_cp, downsample, joined)
+        merged = run(self, downsample, joined)
         return State(merged - plain, plain)
 
     def output(self, u: State, x: Tensor, stage: int,

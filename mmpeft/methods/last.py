@@ -1,15 +1,16 @@
 import math
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recompute import recomputed
 from ..registry import METHODS
 from ..sites import TokenLayout
 from .base import check_width
-from .highway import Highway, recompute
+from .highway import Highway, run
 from .side import Trunk, TrunkBlock
 from .windows import attention_beside
 
@@ -40,7 +41,8 @@ class LowRankAttention(nn.Module):
     def forward(self, x: Tensor, block: TrunkBlock,
                 layout: TokenLayout) -> Tensor:
         """(B, N, d) -> (B, N, d)"""
-        qkv = F.linear(F.layer_norm(x, x.shape[-1:]), self.qkv)
+        normed = recomputed(F.layer_norm, x, x.shape[-1:])
+        qkv = F.linear(normed, self.qkv)
         return F.linear(attention_beside(qkv, 1, block, layout), self.out)
 
 
@@ -71,8 +73,10 @@ class LAST(Highway):
     Args:
         trunk (Trunk): What it runs beside.
         rank (int): Width of the attention. Defaults to 16.
-        with_cp (bool): Whether backward computes LSA again instead of keeping
-            what is inside. Defaults to True.
+        with_cp (bool, optional): Whether backward computes LSA again
+            instead of keeping what is inside. Defaults to None, which leaves
+            it to the ``memory`` of the backbone: ``'lean'`` does, ``'fast'``
+            computes again what takes no product, ``'stock'`` keeps all.
 
     Raises:
         PEFTError: If ``rank`` exceeds the width of a stage.
@@ -83,7 +87,7 @@ class LAST(Highway):
     def __init__(self,
                  trunk: Trunk,
                  rank: int = 16,
-                 with_cp: bool = True) -> None:
+                 with_cp: Optional[bool] = None) -> None:
         super().__init__(trunk, with_cp)
         for dims in trunk.stage_dims.values():
             check_width('LAST', 'rank', rank, dims)
@@ -99,5 +103,4 @@ class LAST(Highway):
 
     def update(self, u: Tensor, block: TrunkBlock, y: Tensor,
                taps: Dict[str, Tensor], layout: TokenLayout) -> Tensor:
-        return recompute(self.with_cp, self.blocks[str(block.index)], y + u,
-                         block, layout)
+        return run(self, self.blocks[str(block.index)], y + u, block, layout)

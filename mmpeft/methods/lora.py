@@ -67,6 +67,7 @@ class LoRA(LowRank):
     """
 
     key = 'lora'
+    leads = True
     recipe_lr = MONA_RECIPE
 
     def __init__(self,
@@ -94,6 +95,10 @@ class LoRA(LowRank):
             self.lora_A0.copy_(self.lora_A.detach())
             self.lora_B0.copy_(self.lora_B.detach())
 
+    @property
+    def initial(self) -> Optional[Tuple[Tensor, Tensor]]:
+        return (self.lora_A0, self.lora_B0) if self.needs_layer else None
+
     def start_from_layer(self) -> None:
         """PiSSA: take the leading singular triplets of the rows."""
         downs, ups = [], []
@@ -116,7 +121,7 @@ class LoRA(LowRank):
         updates = self.project(self.dropout(x), self.lora_A, self.lora_B)
         if self.needs_layer:
             # Not one product of rank 2r: only like ones cancel exactly.
-            initial = self.project(x, self.lora_A0, self.lora_B0)
+            initial = self.project(x, *self.initial)
             updates = [now - then for now, then in zip(updates, initial)]
         if self.scale != 1:
             updates = [self.scale * update for update in updates]

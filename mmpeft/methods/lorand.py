@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recompute import recomputed
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import PEFTModule, check_width
@@ -103,7 +104,8 @@ class LoRand(PEFTModule):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """``gelu(x W1 + b1) W2 + b2``: (..., d) -> (..., d)"""
-        hidden = F.gelu(
+        hidden = recomputed(
+            F.gelu,
             self.project(x, self.down_left, self.down_kernel, self.down_right,
                          self.down_bias))
         kernel = self.down_kernel if self.up_kernel is None else self.up_kernel

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
-from ..ops import add_rows
-from ..recompute import recomputed_if_lean
+from ..ops import add_rows, low_rank_linear
+from ..recipes import autocast_of
+from ..recompute import is_compiling, recomputed_if_lean
 from ..sites import Site
 from .base import PEFTModule, check_positive, check_rate, check_width
 
@@ -45,6 +46,8 @@ def target_rows(site: Site, targets: Sequence[str]) -> List[Tuple[int, int]]:
 class RowModule(PEFTModule):
     """Changes some output rows of a frozen linear layer.
 
+    One that ``leads`` has a ``dropout`` of its input.
+
     Args:
         site (Site): Where it is attached; gives the widths.
         targets (Sequence[str]): Any of q, k, v, proj, fc1, fc2.
@@ -71,6 +74,17 @@ class RowModule(PEFTModule):
             return add_rows(y, self.rows, updates)
         return self.put(
             y, [part + own for part, own in zip(self.take(y), updates)])
+
+    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
+        """Not in half precision, which would lose the update in its sum with
+        the weight; nor for so few tokens that the sum takes longer."""
+        weight, own = layer.weight, next(self.parameters())
+        full = own.dtype == weight.dtype == x.dtype and x.dtype in (
+            torch.float32, torch.float64)
+        dropping = self.training and self.dropout.p > 0
+        return (full and not autocast_of(x.device.type)[0] and not dropping
+                and x.numel() >= weight.shape[1]**2
+                and not weight.requires_grad and not is_compiling())
 
     def put(self, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """``y`` with other outputs for the targets."""
@@ -101,6 +115,9 @@ class LowRank(RowModule):
         drop_rate (float): Dropout probability on the input of A, in [0, 1).
     """
 
+    #: Factors whose update is taken away again; None if there are none.
+    initial: Optional[Tuple[Tensor, Tensor]] = None
+
     def __init__(self, site: Site, rank: int, alpha: Optional[float],
                  targets: Sequence[str], rslora: bool,
                  drop_rate: float) -> None:
@@ -130,6 +147,14 @@ class LowRank(RowModule):
         hidden = recomputed_if_lean(F.linear, x, down)
         hidden = hidden.split(self.rank, dim=-1)
         return [F.linear(h, b) for h, b in zip(hidden, up.split(self.sizes))]
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return low_rank_linear(x, layer.weight, layer.bias, self.rows,
+                               *self.factors(), self.scale, self.initial)
+
+    def factors(self) -> Tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of all targets."""
+        return self.lora_A, self.lora_B
 
     def products(self, down: Tensor, up: Tensor) -> List[Tensor]:
         """``B A`` of each target: [(rows, in_dims)]."""

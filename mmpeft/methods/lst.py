@@ -1,15 +1,16 @@
 import math
-from typing import Callable, Dict
+from typing import Callable, Dict, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recompute import recomputed
 from ..registry import METHODS
 from ..sites import TokenLayout
 from .base import check_positive, check_width
-from .highway import recompute
+from .highway import run
 from .side import SideNetwork, Trunk, TrunkBlock
 from .windows import attention_beside, partition
 
@@ -51,10 +52,11 @@ class SideBlock(nn.Module):
         """(B, N, d / reduction), (B, N, d) -> (B, N, d / reduction)"""
         gate = torch.sigmoid(self.gate / self.temperature)
         t = gate * u + (1 - gate) * self.down(z)
-        qkv = self.qkv(self.norm1(t))
+        qkv = self.qkv(recomputed(self.norm1, t))
         seen = attention_beside(qkv, self.num_heads, self.place, layout)
         t = t + self.proj(seen)
-        return t + self.fc2(F.gelu(self.fc1(self.norm2(t))))
+        h = self.fc1(recomputed(self.norm2, t))
+        return t + self.fc2(recomputed(F.gelu, h))
 
 
 class SideMerging(nn.Module):
@@ -108,8 +110,10 @@ class LST(SideNetwork):
         temperature (float): Divisor of the gates. Defaults to 0.1.
         residual (bool): Whether ``U u`` is added to the backbone's outputs
             instead of taking their place. Defaults to True.
-        with_cp (bool): Whether backward computes the blocks again instead of
-            keeping what is inside. Defaults to True.
+        with_cp (bool, optional): Whether backward computes the blocks again
+            instead of keeping what is inside. Defaults to None, which leaves
+            it to the ``memory`` of the backbone: ``'lean'`` does, ``'fast'``
+            computes again what takes no product, ``'stock'`` keeps all.
 
     Raises:
         PEFTError: If ``reduction`` exceeds the width of a stage, or for a
@@ -123,7 +127,7 @@ class LST(SideNetwork):
                  reduction: int = 8,
                  temperature: float = 0.1,
                  residual: bool = True,
-                 with_cp: bool = True) -> None:
+                 with_cp: Optional[bool] = None) -> None:
         super().__init__(trunk)
         check_positive('LST', 'temperature', temperature)
         for dims in trunk.stage_dims.values():
@@ -166,12 +170,11 @@ class LST(SideNetwork):
 
     def step(self, u: Tensor, block: TrunkBlock, x: Tensor, y: Tensor,
              taps: Dict[str, Tensor], layout: TokenLayout) -> Tensor:
-        return recompute(self.with_cp, self.blocks[str(block.index)], u, y,
-                         layout)
+        return run(self, self.blocks[str(block.index)], u, y, layout)
 
     def next_stage(self, u: Tensor, stage: int, downsample: Callable,
                    layout: TokenLayout) -> Tensor:
-        return recompute(self.with_cp, self.mergings[str(stage)], u, layout)
+        return run(self, self.mergings[str(stage)], u, layout)
 
     def output(self, u: Tensor, x: Tensor, stage: int,
                layout: TokenLayout) -> Tensor:

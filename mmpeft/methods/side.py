@@ -104,6 +104,9 @@ class SideNetwork(Method, nn.Module):
     one_stage: bool = False
     #: Whether the stock norms of the outputs train too.
     trains_out_norms: bool = False
+    #: What it keeps for backward, one of ``mmpeft.recompute.MEMORY``; that
+    #: of the backbone.
+    memory: str = 'stock'
     #: Why it cannot be folded into stock layers.
     no_merge: str = 'it runs beside the backbone'
 

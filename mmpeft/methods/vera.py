@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PEFTError
+from ..ops import low_rank_linear
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import check_rate, check_width
@@ -92,6 +93,7 @@ class VeRA(RowModule):
     """
 
     key = 'vera'
+    leads = True
 
     def __init__(self,
                  site: Site,
@@ -152,6 +154,13 @@ class VeRA(RowModule):
             update = F.linear(hidden * d.to(hidden.dtype), up)
             updates.append(b.to(update.dtype) * update)
         return self.add(y, updates)
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        down, up = self.shared.pair(self.sizes[0], self.site.in_dims)
+        downs = [d[:, None] * down for d in self.lambda_d.split(self.rank)]
+        ups = [b[:, None] * up for b in self.lambda_b.split(self.sizes)]
+        return low_rank_linear(x, layer.weight, layer.bias, self.rows,
+                               torch.cat(downs), torch.cat(ups))
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

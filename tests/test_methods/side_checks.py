@@ -7,13 +7,16 @@ mapping ``p`` from parameter names to tensors: ``start(x, p)``,
 """
 import copy
 import functools
+import itertools
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mmpeft.engine.measure import kept_by_forward
 from mmpeft.methods.side import SideNetwork, Trunk, TrunkBlock
+from mmpeft.recompute import MEMORY
 from mmpeft.sites import TokenLayout
 from . import reference as ref
 from .checks import TOLERANCE, check_close, check_gradients
@@ -295,13 +298,14 @@ def saved_bytes(backbone: nn.Module, image: Tensor, inside=()) -> int:
     return total
 
 
-def share_of_full(method) -> float:
+def share_of_full(method, memory='lean') -> float:
     """Bytes kept, as a share of those that full fine-tuning keeps."""
     kwargs = dict(depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window_size=7)
     image = tensor('image', 1, 3, 128, 96, dtype=torch.float32)
     ours, full = (
-        saved_bytes(swin('mmdet', m, embed_dims=32, **kwargs), image)
-        for m in (method, 'Full'))
+        kept_by_forward(
+            swin('mmdet', m, embed_dims=32, memory=memory, **kwargs).train(),
+            image).saved for m in (method, 'Full'))
     return ours / full
 
 
@@ -320,11 +324,12 @@ def gradients(backbone: nn.Module) -> Dict[str, Tensor]:
 def check_recomputing(method: dict) -> None:
     """Gradients are the same whatever is computed again in backward."""
     found = []
-    for block_cp in (False, True):
-        for with_cp in (True, False):
+    for block_cp, memory in itertools.product((False, True), MEMORY):
+        for with_cp in ({}, dict(with_cp=True), dict(with_cp=False)):
             backbone = swin(
                 'mmdet',
-                dict(method, with_cp=with_cp),
+                dict(method, **with_cp),
+                memory=memory,
                 with_cp=block_cp,
                 drop_path_rate=.3)
             fill(backbone)

@@ -229,7 +229,7 @@ def test_blocks_before_the_first_write_keep_nothing(method, with_cp):
 def test_keeps_less_than_all_blocks_would():
     """Swin with stages of 2, 2, 6, 2 blocks, as share of full fine-tuning."""
     shares = [
-        checks.share_of_full(dict(type=name, rank=4, start=start))
+        checks.share_of_full(dict(type=name, rank=4, start=start), 'stock')
         for name in ('DTL', 'DTLPlus') for start in (0, 7)
     ]
     assert shares[1] < .2 and .4 < shares[0] < .6, shares

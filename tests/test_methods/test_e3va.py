@@ -97,6 +97,7 @@ def test_what_a_block_keeps_would_be_seen():
 def test_backbone_keeps_nothing():
     assert checks.check_backbone_keeps_nothing(SMALL) > 0
     assert checks.share_of_full(SMALL) < .14
+    assert checks.share_of_full(SMALL, 'fast') < .22
 
 
 def test_recomputing():

@@ -105,6 +105,7 @@ def test_large_streams_do_not_saturate_the_softmax():
 def test_backbone_keeps_nothing():
     assert checks.check_backbone_keeps_nothing(SMALL) > 0
     assert checks.share_of_full(SMALL) < .1
+    assert checks.share_of_full(SMALL, 'fast') < .2
 
 
 def test_recomputing():

@@ -104,6 +104,7 @@ def test_gates_start_half_open():
 def test_backbone_keeps_nothing():
     assert checks.check_backbone_keeps_nothing(SMALL) > 0
     assert checks.share_of_full(dict(type='LST')) < .12
+    assert checks.share_of_full(dict(type='LST'), 'fast') < .25
 
 
 def test_recomputing():
