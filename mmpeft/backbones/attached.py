@@ -81,7 +81,7 @@ class BlockPEFT(nn.ModuleDict):
 
     def leader(self, site: str, x: Tensor,
                layer: nn.Module) -> Optional[nn.Module]:
-        """The first module at a linear layer, if it stands for both.
+        """The first module at a linear layer or norm, if it stands for both.
 
         Evaluation, and ``memory='stock'``, are the plain formula.
         """
@@ -154,8 +154,9 @@ def _rate(module: nn.Module) -> float:
     return getattr(module, 'drop_prob', None) or 0.
 
 
-class LedLinear:
-    """The forward of a linear layer whose first module may stand for it."""
+class Led:
+    """The forward of a linear layer or norm whose first module may stand for
+    it."""
 
     def forward(self, x: Tensor) -> Tensor:
         peft, site = self._peft_site
@@ -188,14 +189,14 @@ def output_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x, y = args[0].movedim(1, -1), output.movedim(1, -1)
         return peft.run(site, x, y).movedim(-1, 1)
     see_raw(module, output)
+    done = None
+    if isinstance(module, Led):
+        done = peft.leader(site, args[0], module)
     if current() is None or not peft.only_elementwise(site):
-        done = None
-        if isinstance(module, LedLinear):
-            done = peft.leader(site, args[0], module)
         return peft.run(site, args[0], output, done=done)
     if isinstance(module, nn.LayerNorm):
         output = recomputed(module.forward, args[0], known=output)
-    return recomputed(lambda y: peft.run(site, None, y), output)
+    return recomputed(lambda y: peft.run(site, None, y, done=done), output)
 
 
 def connect(module: nn.Module,
@@ -220,10 +221,10 @@ def connect(module: nn.Module,
         module._peft_handles = {}
         module._peft_channels_first = channels_first or isinstance(
             module, nn.Conv2d)
-    if type(module) is nn.Linear and any(
+    if type(module) in (nn.Linear, nn.LayerNorm) and not is_input and any(
             site in modules and modules[site].leads
-            for modules in peft.values()) and not is_input:
-        module.__class__ = peft_class(LedLinear, nn.Linear)
+            for modules in peft.values()):
+        module.__class__ = peft_class(Led, type(module))
     if is_input not in module._peft_handles:
         module._peft_handles[is_input] = (
             module.register_forward_pre_hook(input_hook)
@@ -235,7 +236,7 @@ def disconnect(module: nn.Module) -> None:
     if hasattr(module, '_peft_site'):
         for handle in module._peft_handles.values():
             handle.remove()
-        if isinstance(module, LedLinear):
+        if isinstance(module, Led):
             module.__class__ = type(module).stock_class
         del module._peft_site, module._peft_handles
         del module._peft_channels_first

@@ -172,8 +172,8 @@ class PEFTModule(Method, nn.Module):
         """Whether :meth:`replaced` is to be called for this input.
 
         Args:
-            x (Tensor): (..., in_dims), what the linear layer received.
-            layer (nn.Linear): The stock layer at the site.
+            x (Tensor): (..., in_dims), what the layer received.
+            layer (nn.Module): The stock linear layer or norm at the site.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import scale_shift
@@ -40,6 +41,7 @@ class SSF(PEFTModule):
     parts = ('patch_embed', 'patch_norm', 'merge_norm', 'out_norm')
     no_merge = None
     elementwise = True
+    leads = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -58,6 +60,14 @@ class SSF(PEFTModule):
         if current() is None:
             return y * scale + shift
         return scale_shift(y, scale, shift)
+
+    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
+        """A norm scales and shifts by itself, and has both gradients."""
+        return isinstance(layer, nn.LayerNorm) and layer.elementwise_affine
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        weight, bias = self.merge(layer.weight, layer.bias)
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:

@@ -1,4 +1,4 @@
-"""A linear layer that forms its updated weight, against the layer and what is
+"""A layer whose first module stands for both, against the layer and what is
 attached behind it."""
 import copy
 
@@ -64,6 +64,30 @@ def test_is_the_layer_and_the_module_behind_it(method, monkeypatch):
     for name, grad in grads.items():
         torch.testing.assert_close(
             grad, other_grads[name], rtol=1e-8, atol=1e-10)
+
+
+def test_norms_scale_and_shift_by_themselves(monkeypatch):
+    methods = [dict(type='SSF'), dict(type='LNTune')]
+    backbone = swin('mmdet', methods).double().train()
+    fill(backbone)
+    block, seen = backbone.stages[0].blocks[0], []
+    norm, ssf = block.norm1, block.peft.ssf['norm1']
+    assert isinstance(norm, nn.LayerNorm) and type(norm) is not nn.LayerNorm
+    plain = nn.functional.layer_norm
+    monkeypatch.setattr(
+        nn.functional, 'layer_norm',
+        lambda x, *args: seen.append(args[1]) or plain(x, *args))
+    outs, grads = step(backbone)
+    assert any(torch.equal(w, ssf.scale * norm.weight) for w in seen)
+    monkeypatch.setattr(type(ssf), 'takes_over', lambda *args: False)
+    others, other_grads = step(backbone)
+    for out, other in zip(outs, others):
+        torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-12)
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            grad, other_grads[name], rtol=1e-8, atol=1e-10)
+    eject(backbone)
+    assert type(norm) is nn.LayerNorm
 
 
 @pytest.mark.parametrize('method', METHODS)
