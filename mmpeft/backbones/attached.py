@@ -161,8 +161,10 @@ class Led:
     def forward(self, x: Tensor) -> Tensor:
         peft, site = self._peft_site
         leader = peft.leader(site, x, self)
-        return super().forward(x) if leader is None else leader.replaced(
-            x, self)
+        if leader is None:
+            return super().forward(x)
+        # Called, so that hooks on it run.
+        return leader(x, None, None, layer=self)
 
 
 def input_hook(module: nn.Module, args: tuple) -> tuple:

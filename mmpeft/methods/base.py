@@ -68,7 +68,9 @@ class PEFTModule(Method, nn.Module):
     #: Whether its output depends on ``y`` alone, number by number, and draws
     #: no random ones; see :mod:`mmpeft.recipes`.
     elementwise: bool = False
-    #: Whether it has a :meth:`takes_over`.
+    #: Whether it can stand for a linear layer or norm and itself:
+    #: :meth:`takes_over` says when, and its forward then gets the layer as a
+    #: fourth argument, and neither ``y`` nor a layout.
     leads: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False
@@ -169,18 +171,11 @@ class PEFTModule(Method, nn.Module):
         raise NotImplementedError
 
     def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
-        """Whether :meth:`replaced` is to be called for this input.
+        """Whether its forward is to run the layer, too, for this input.
 
         Args:
             x (Tensor): (..., in_dims), what the layer received.
             layer (nn.Module): The stock linear layer or norm at the site.
-        """
-        raise NotImplementedError
-
-    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """What :meth:`forward` makes of ``layer(x)``, in one go.
-
-        (..., in_dims) -> (..., out_dims)
         """
         raise NotImplementedError
 

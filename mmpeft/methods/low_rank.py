@@ -149,6 +149,7 @@ class LowRank(RowModule):
         return [F.linear(h, b) for h, b in zip(hidden, up.split(self.sizes))]
 
     def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The updated layer: (..., in_dims) -> (..., out_dims)"""
         return low_rank_linear(x, layer.weight, layer.bias, self.rows,
                                *self.factors(), self.scale, self.initial)
 

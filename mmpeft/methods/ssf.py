@@ -53,8 +53,14 @@ class SSF(PEFTModule):
         nn.init.normal_(self.scale, mean=1, std=.02)
         nn.init.normal_(self.shift, std=.02)
 
-    def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self,
+                x: Tensor,
+                y: Optional[Tensor],
+                layout: Optional[TokenLayout],
+                layer: Optional[nn.Module] = None) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
+        if layer is not None:
+            return self.replaced(x, layer)
         # In the precision of y: autocast would make every map float32 again.
         scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
         if current() is None:

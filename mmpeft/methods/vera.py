@@ -142,8 +142,14 @@ class VeRA(RowModule):
         nn.init.constant_(self.lambda_d, self.d_init)
         nn.init.zeros_(self.lambda_b)
 
-    def forward(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self,
+                x: Tensor,
+                y: Optional[Tensor],
+                layout: Optional[TokenLayout],
+                layer: Optional[nn.Module] = None) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
+        if layer is not None:
+            return self.replaced(x, layer)
         # All targets of a layer are of one shape, so they share A x.
         down, up = self.shared.pair(self.sizes[0], self.site.in_dims)
         hidden = F.linear(self.dropout(x), down)

@@ -172,3 +172,14 @@ def test_is_stock_again():
     assert all(
         type(m) is not type(copied.get_submodule(QKV))
         for m in backbone.modules())
+
+
+def test_hooks_of_the_module_run():
+    """The report hook counts calls of what is attached."""
+    backbone, seen = built('LoRA'), []
+    for module in backbone.modules():
+        if isinstance(module, low_rank.LowRank):
+            module.register_forward_hook(
+                lambda m, args, out: seen.append(out.shape[-1] // 3))
+    step(backbone)
+    assert seen == [16, 16, 32, 32]
