@@ -104,7 +104,10 @@ def test_gates_start_half_open():
 def test_backbone_keeps_nothing():
     assert checks.check_backbone_keeps_nothing(SMALL) > 0
     assert checks.share_of_full(dict(type='LST')) < .12
-    assert checks.share_of_full(dict(type='LST'), 'fast') < .25
+    # torch 2.1 has no fused attention on a CPU, and keeps the weights.
+    fused = not torch.__version__.startswith('2.1.')
+    limit = .25 if fused else .35
+    assert checks.share_of_full(dict(type='LST'), 'fast') < limit
 
 
 def test_recomputing():
