@@ -43,6 +43,16 @@ def target_rows(site: Site, targets: Sequence[str]) -> List[Tuple[int, int]]:
     return [(0, site.out_dims)]
 
 
+def _multiplies_in_full() -> bool:
+    """Whether products of float32 are computed in float32."""
+    try:
+        return torch.get_float32_matmul_precision() == 'highest'
+    except RuntimeError:
+        # Set for one backend, in the way of torch 2.9, which it then refuses
+        # to sum up.
+        return False
+
+
 class RowModule(PEFTModule):
     """Changes some output rows of a frozen linear layer.
 
@@ -76,13 +86,15 @@ class RowModule(PEFTModule):
             y, [part + own for part, own in zip(self.take(y), updates)])
 
     def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
-        """Not in half precision, which would lose the update in its sum with
-        the weight; nor for so few tokens that the sum takes longer."""
+        """Not in half precision or TF32, which would lose the update in its
+        sum with the weight; nor for so few tokens that the sum takes
+        longer."""
         weight, own = layer.weight, next(self.parameters())
         full = own.dtype == weight.dtype == x.dtype and x.dtype in (
             torch.float32, torch.float64)
         dropping = self.training and self.dropout.p > 0
-        return (full and not autocast_of(x.device.type)[0] and not dropping
+        return (full and not autocast_of(x.device.type)[0]
+                and _multiplies_in_full() and not dropping
                 and x.numel() >= weight.shape[1]**2
                 and not weight.requires_grad and not is_compiling())
 

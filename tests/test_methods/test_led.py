@@ -101,6 +101,20 @@ def test_not_where_a_sum_would_lose_the_update(method, monkeypatch):
     assert not calls
 
 
+def test_not_in_tf32(monkeypatch):
+    calls = count(monkeypatch)
+    backbone = built('LoRA').float()
+    image = tensor('image', 2, 3, 28, 20, dtype=torch.float32)
+    try:
+        torch.set_float32_matmul_precision('high')
+        backbone(image)
+        assert not calls
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    backbone(image)
+    assert calls
+
+
 def test_not_with_dropout(monkeypatch):
     calls = count(monkeypatch)
     backbone = built('LoRA', drop_rate=.1)
