@@ -57,9 +57,11 @@ def path_of(method):
     if names == {'Frozen'}:
         return 'none'
     networks = [p for p in plans if issubclass(p.cls, SideNetwork)]
-    if 'Partial' in names or any(p.layers is not None
-                                 for p in plans) or any(p.cls.writes
-                                                        for p in networks):
+    # Those that act on the blocks have gradients pass through some.
+    inside = any(p.cls.writes or p.cls.enters or p.cls.attached
+                 for p in networks)
+    if 'Partial' in names or inside or any(p.layers is not None
+                                           for p in plans):
         return 'part'
     return 'beside' if len(networks) == len(plans) else 'through'
 

@@ -151,6 +151,7 @@ def test_targets_stand_beside_what_was_measured(kwargs, both):
     ('Full', True, 4 / 3),
     ('LST', True, 1 / 3),
     ('DTL', True, None),
+    ('HST', False, None),
 ])
 def test_floor_of_a_step(method, with_cp, floor):
     found = cost_table.floor_of_step(row(method, with_cp=with_cp))
