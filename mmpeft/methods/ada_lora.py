@@ -48,7 +48,6 @@ class AdaLoRA(LowRank):
     """
 
     key = 'ada_lora'
-    leads = True
     hooks = (dict(type='mmpeft.RankBudgetHook'), )
 
     def __init__(self,
@@ -70,14 +69,8 @@ class AdaLoRA(LowRank):
     def factors(self) -> Tuple[Tensor, Tensor]:
         return self.lora_A * self.lora_E[:, None], self.lora_B
 
-    def forward(self,
-                x: Tensor,
-                y: Optional[Tensor],
-                layout: Optional[TokenLayout],
-                layer: Optional[nn.Module] = None) -> Tensor:
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        if layer is not None:
-            return self.replaced(x, layer)
         updates = self.project(self.dropout(x), *self.factors())
         if self.scale != 1:
             updates = [self.scale * update for update in updates]

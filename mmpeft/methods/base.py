@@ -16,8 +16,8 @@ from ..sites import Site, TokenLayout
 MONA_RECIPE = dict(mmdet=1e-4, mmseg=6e-5)
 
 __all__ = [
-    'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector', 'check_positive',
-    'check_rate', 'check_width'
+    'LeadingModule', 'MONA_RECIPE', 'Method', 'PEFTModule', 'Selector',
+    'check_positive', 'check_rate', 'check_width'
 ]
 
 
@@ -68,9 +68,7 @@ class PEFTModule(Method, nn.Module):
     #: Whether its output depends on ``y`` alone, number by number, and draws
     #: no random ones; see :mod:`mmpeft.recipes`.
     elementwise: bool = False
-    #: Whether it can stand for a linear layer or norm and itself:
-    #: :meth:`takes_over` says when, and its forward then gets the layer as a
-    #: fourth argument, and neither ``y`` nor a layout.
+    #: Whether it is a :class:`LeadingModule`.
     leads: bool = False
     #: At ``tokens``: whether these tokens go on to the next block.
     carries: bool = False
@@ -170,15 +168,6 @@ class PEFTModule(Method, nn.Module):
         """
         raise NotImplementedError
 
-    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
-        """Whether its forward is to run the layer, too, for this input.
-
-        Args:
-            x (Tensor): (..., in_dims), what the layer received.
-            layer (nn.Module): The stock linear layer or norm at the site.
-        """
-        raise NotImplementedError
-
     def merge(self, weight: Tensor,
               bias: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the stock layer that does both at once.
@@ -195,6 +184,43 @@ class PEFTModule(Method, nn.Module):
         """A :class:`mmpeft.methods.folded.Folded` that computes the same in
         evaluation mode, in fewer steps; None if there is none."""
         return None
+
+
+class LeadingModule(PEFTModule):
+    """One that can stand for a linear layer or norm and for itself.
+
+    Where it :meth:`takes_over` and is the first at its site, it is called with
+    the layer instead of the layer's output. It computes one or the other here
+    and not in ``forward``, so that hooks on it run either way.
+    """
+
+    leads = True
+
+    def forward(self,
+                x: Tensor,
+                y: Optional[Tensor],
+                layout: Optional[TokenLayout],
+                layer: Optional[nn.Module] = None) -> Tensor:
+        if layer is not None:
+            return self.replaced(x, layer)
+        return self.behind(x, y, layout)
+
+    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
+        """Whether it is to run the layer, too, for this input.
+
+        Args:
+            x (Tensor): (..., in_dims), what the layer received.
+            layer (nn.Module): The stock linear layer or norm at the site.
+        """
+        raise NotImplementedError
+
+    def replaced(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """What :meth:`behind` makes of ``layer(x)``, in one go."""
+        raise NotImplementedError
+
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
+        """What other modules compute in ``forward``."""
+        raise NotImplementedError
 
 
 class Selector(Method):

@@ -58,7 +58,6 @@ class DoRA(LowRank):
     """
 
     key = 'dora'
-    leads = True
     needs_layer = True
 
     def __init__(self,
@@ -101,14 +100,8 @@ class DoRA(LowRank):
         magnitudes = self.magnitude.split(self.sizes)
         return [m / length for m, length in zip(magnitudes, lengths)]
 
-    def forward(self,
-                x: Tensor,
-                y: Optional[Tensor],
-                layout: Optional[TokenLayout],
-                layer: Optional[nn.Module] = None) -> Tensor:
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        if layer is not None:
-            return self.replaced(x, layer)
         updates = self.project(self.dropout(x), self.lora_A, self.lora_B)
         gains = self._gains(self.layer.weight)
         bias, parts = self.layer.bias, []

@@ -1,7 +1,6 @@
 from typing import Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from ..errors import PEFTError
@@ -68,7 +67,6 @@ class LoRA(LowRank):
     """
 
     key = 'lora'
-    leads = True
     recipe_lr = MONA_RECIPE
 
     def __init__(self,
@@ -117,14 +115,8 @@ class LoRA(LowRank):
             getattr(self, name).data.copy_(torch.cat(parts))
             getattr(self, f'{name}0').copy_(getattr(self, name).detach())
 
-    def forward(self,
-                x: Tensor,
-                y: Optional[Tensor],
-                layout: Optional[TokenLayout],
-                layer: Optional[nn.Module] = None) -> Tensor:
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        if layer is not None:
-            return self.replaced(x, layer)
         updates = self.project(self.dropout(x), self.lora_A, self.lora_B)
         if self.needs_layer:
             # Not one product of rank 2r: only like ones cancel exactly.

@@ -12,11 +12,12 @@ from ..ops import add_rows, low_rank_linear
 from ..recipes import autocast_of
 from ..recompute import is_compiling, recomputed_if_lean
 from ..sites import Site
-from .base import PEFTModule, check_positive, check_rate, check_width
+from .base import (LeadingModule, PEFTModule, check_positive, check_rate,
+                   check_width)
 
 __all__ = [
-    'LowRank', 'RowModule', 'QKV_PARTS', 'TARGETS', 'check_targets',
-    'target_rows'
+    'LeadingRows', 'LowRank', 'RowModule', 'QKV_PARTS', 'TARGETS',
+    'check_targets', 'target_rows'
 ]
 
 # Parts of the fused projection, and layers that are a site of their own.
@@ -56,8 +57,6 @@ def _multiplies_in_full() -> bool:
 class RowModule(PEFTModule):
     """Changes some output rows of a frozen linear layer.
 
-    One that ``leads`` has a ``dropout`` of its input.
-
     Args:
         site (Site): Where it is attached; gives the widths.
         targets (Sequence[str]): Any of q, k, v, proj, fc1, fc2.
@@ -85,19 +84,6 @@ class RowModule(PEFTModule):
         return self.put(
             y, [part + own for part, own in zip(self.take(y), updates)])
 
-    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
-        """Not in half precision or TF32, which would lose the update in its
-        sum with the weight; nor for so few tokens that the sum takes
-        longer."""
-        weight, own = layer.weight, next(self.parameters())
-        full = own.dtype == weight.dtype == x.dtype and x.dtype in (
-            torch.float32, torch.float64)
-        dropping = self.training and self.dropout.p > 0
-        return (full and not autocast_of(x.device.type)[0]
-                and _multiplies_in_full() and not dropping
-                and x.numel() >= weight.shape[1]**2
-                and not weight.requires_grad and not is_compiling())
-
     def put(self, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """``y`` with other outputs for the targets."""
         whole, done = [], 0
@@ -111,7 +97,25 @@ class RowModule(PEFTModule):
         return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
 
 
-class LowRank(RowModule):
+class LeadingRows(LeadingModule, RowModule):
+    """Rows whose update can be part of the weight; has a ``dropout`` of its
+    input."""
+
+    def takes_over(self, x: Tensor, layer: nn.Module) -> bool:
+        """Not in half precision or TF32, which would lose the update in its
+        sum with the weight; nor for so few tokens that the sum takes
+        longer."""
+        weight, own = layer.weight, next(self.parameters())
+        full = own.dtype == weight.dtype == x.dtype and x.dtype in (
+            torch.float32, torch.float64)
+        dropping = self.training and self.dropout.p > 0
+        return (full and not autocast_of(x.device.type)[0]
+                and _multiplies_in_full() and not dropping
+                and x.numel() >= weight.shape[1]**2
+                and not weight.requires_grad and not is_compiling())
+
+
+class LowRank(LeadingRows):
     """Rows with a pair of low-rank factors ``B A`` for each target.
 
     Subclasses initialise them, and call :meth:`reset_parameters` when their

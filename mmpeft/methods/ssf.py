@@ -9,13 +9,13 @@ from ..ops import scale_shift
 from ..recipes import current
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
-from .base import PEFTModule
+from .base import LeadingModule
 
 __all__ = ['SSF']
 
 
 @METHODS.register_module()
-class SSF(PEFTModule):
+class SSF(LeadingModule):
     """A scale and a shift for each channel, after every operation.
 
     `Scaling & Shifting Your Features: A New Baseline for Efficient Model
@@ -41,7 +41,6 @@ class SSF(PEFTModule):
     parts = ('patch_embed', 'patch_norm', 'merge_norm', 'out_norm')
     no_merge = None
     elementwise = True
-    leads = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -53,14 +52,8 @@ class SSF(PEFTModule):
         nn.init.normal_(self.scale, mean=1, std=.02)
         nn.init.normal_(self.shift, std=.02)
 
-    def forward(self,
-                x: Tensor,
-                y: Optional[Tensor],
-                layout: Optional[TokenLayout],
-                layer: Optional[nn.Module] = None) -> Tensor:
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        if layer is not None:
-            return self.replaced(x, layer)
         # In the precision of y: autocast would make every map float32 again.
         scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
         if current() is None:

@@ -11,7 +11,7 @@ from ..ops import low_rank_linear
 from ..registry import METHODS
 from ..sites import Site, TokenLayout
 from .base import check_rate, check_width
-from .low_rank import RowModule, target_rows
+from .low_rank import LeadingRows, target_rows
 
 __all__ = ['VeRA']
 
@@ -59,7 +59,7 @@ class Projections(nn.Module):
 
 
 @METHODS.register_module()
-class VeRA(RowModule):
+class VeRA(LeadingRows):
     """Two trained vectors around a frozen random low-rank pair.
 
     `VeRA: Vector-based Random Matrix Adaptation
@@ -93,7 +93,6 @@ class VeRA(RowModule):
     """
 
     key = 'vera'
-    leads = True
 
     def __init__(self,
                  site: Site,
@@ -142,14 +141,8 @@ class VeRA(RowModule):
         nn.init.constant_(self.lambda_d, self.d_init)
         nn.init.zeros_(self.lambda_b)
 
-    def forward(self,
-                x: Tensor,
-                y: Optional[Tensor],
-                layout: Optional[TokenLayout],
-                layer: Optional[nn.Module] = None) -> Tensor:
+    def behind(self, x: Tensor, y: Tensor, layout: TokenLayout) -> Tensor:
         """(..., in_dims), (..., out_dims) -> (..., out_dims)"""
-        if layer is not None:
-            return self.replaced(x, layer)
         # All targets of a layer are of one shape, so they share A x.
         down, up = self.shared.pair(self.sizes[0], self.site.in_dims)
         hidden = F.linear(self.dropout(x), down)
